@@ -1,0 +1,92 @@
+"""The words both the reference and the kernels speak: pages, rotary, scope, tiles."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pages(NamedTuple):
+    """One layer's KV cache: views into vLLM's pages, head-major, any stride but the last.
+
+    key      [num_blocks, num_kv_heads, block_size, head_size]  fp32 | bf16 | fp16 | fp8_e4m3;
+             rotated by the key's offset in its block, rotary channels half-split
+    value    [num_blocks, num_kv_heads, block_size, head_size]  same dtype as key
+    summary  [num_blocks, num_kv_heads, 2, head_size]           16 bit (fp32 for an fp32 cache);
+             mean and variance per channel of the block's un-rotated keys; valid once it is full
+    """
+
+    key: Tensor
+    value: Tensor
+    summary: Tensor
+    key_scale: float = 1.0  # real key = stored key * key_scale; other than 1 only for fp8
+    value_scale: float = 1.0
+
+    @property
+    def block_size(self) -> int:
+        return self.key.shape[2]
+
+
+class Rotary(NamedTuple):
+    """The model's rotary embedding as pure rotations.
+
+    cos_sin [num_positions, 2, rotary_dim / 2] fp32. A NoPE layer has rotary_dim 0.
+    """
+
+    cos_sin: Tensor
+    interleaved: bool = False  # the model pairs channels (2c, 2c + 1) instead of (c, c + half)
+    query_scale: float = 1.0  # a scaled table (YaRN, longrope) is a rotation times m: this is m * m
+
+    @property
+    def half(self) -> int:
+        return self.cos_sin.shape[2]
+
+
+class Scope(NamedTuple):
+    """What a tile attends to, in blocks: [global | recalled | local], or everything."""
+
+    global_blocks: int
+    recall_blocks: int
+    local_blocks: int  # the tile's own block is one of them
+    dense_blocks: int  # tiles that end within so many blocks attend to everything
+    candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
+    window: int = 0  # sliding-window layers: every key of the window, exactly; no recall
+
+    @property
+    def max_slots(self) -> int:
+        return self.dense_blocks if not self.window else 1 << 30
+
+    def slots(self, block: int, block_size: int) -> tuple[int, int, int]:
+        """Global, recalled and first local block of a tile whose queries lie in `block`."""
+        if self.window:
+            return 0, 0, max(block * block_size - self.window + 1, 0) // block_size
+        if block < self.dense_blocks:
+            return 0, 0, 0
+        return self.global_blocks, self.recall_blocks, block - self.local_blocks + 1
+
+
+class Tiles(NamedTuple):
+    """Queries that share one selection; all lie in one block of one request.
+
+    request   [num_tiles] int32, row of the block table
+    row       [num_tiles] int32, first row in `query`
+    length    [num_tiles] int32, number of queries; 0: nothing to do
+    position  [num_tiles] int32, absolute position of the first query
+    """
+
+    request: Tensor
+    row: Tensor
+    length: Tensor
+    position: Tensor
+    max_length: int  # at most block_size; 1 for decode
+
+
+def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:
+    """cos and sin of position * frequency.
+
+    frequencies [rotary_dim / 2], radians per token
+    returns     [num_positions, 2, rotary_dim / 2] fp32, angles taken in fp64
+    """
+    positions = torch.arange(num_positions, device=frequencies.device, dtype=torch.float64)
+    angles = positions[:, None] * frequencies.double()
+    return torch.stack((angles.cos(), angles.sin()), dim=1).float()

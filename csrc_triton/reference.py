@@ -1,0 +1,261 @@
+"""ReAttention (arXiv 2407.15176) over a paged KV cache, in plain torch: the definition.
+
+One function per kernel, same name and arguments. Every function widens to fp32 (or keeps fp64),
+so float64 inputs give the exact answer. Rows of a tile are ordered (query, head of the group).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from csrc_triton.layout import Pages, Rotary, Scope, Tiles
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(
+        torch.promote_types(x.dtype, torch.float32) if x.element_size() > 1 else torch.float32
+    )
+
+
+def _rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate half-split channels of x [..., head_size] by table [..., 2, half]."""
+    half = table.shape[-1]
+    cos, sin = table[..., 0, :].to(x.dtype), table[..., 1, :].to(x.dtype)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return torch.cat(
+        (first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), dim=-1
+    )
+
+
+def _unrotate(x: Tensor, table: Tensor) -> Tensor:
+    return _rotate(x, torch.stack((table[..., 0, :], -table[..., 1, :]), dim=-2))
+
+
+def _half_split(x: Tensor, rotary: Rotary) -> Tensor:
+    """The model's channel order to ours: rotary pairs (c, c + half), then the rest."""
+    if not rotary.interleaved:
+        return x
+    turned = x[..., : 2 * rotary.half]
+    return torch.cat((turned[..., ::2], turned[..., 1::2], x[..., 2 * rotary.half :]), dim=-1)
+
+
+def _tile_query(query: Tensor, row: int, length: int, num_kv_heads: int, rotary: Rotary) -> Tensor:
+    """Raw queries of a tile, half-split and scaled: [num_kv_heads, length * group, head_size]."""
+    rows = _half_split(_wide(query[row : row + length]), rotary)
+    scaled = torch.cat(
+        (rows[..., : 2 * rotary.half] * rotary.query_scale, rows[..., 2 * rotary.half :]), dim=-1
+    )
+    grouped = scaled.unflatten(1, (num_kv_heads, -1))  # [length, num_kv_heads, group, head_size]
+    return grouped.transpose(0, 1).flatten(1, 2)
+
+
+def _cap(logits: Tensor, soft_cap: float) -> Tensor:
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def write_kv(
+    key: Tensor, value: Tensor, pages: Pages, slot_mapping: Tensor, rotary: Rotary
+) -> None:
+    """Store keys rotated by their offset in the block, values, and summaries of filled blocks.
+
+    key, value    [num_tokens or more, num_kv_heads, head_size], as the model made them
+    slot_mapping  [num_tokens] int64, block * block_size + offset; negative: padding
+    """
+    block_size = pages.block_size
+    written = (slot_mapping >= 0).nonzero().flatten()
+    slots = slot_mapping[written]
+    block, offset = slots // block_size, slots % block_size
+    turned = _rotate(_half_split(_wide(key[written]), rotary), rotary.cos_sin[offset][:, None])
+    pages.key[block, :, offset] = _narrow(turned / pages.key_scale, pages.key.dtype)
+    pages.value[block, :, offset] = _narrow(
+        _wide(value[written]) / pages.value_scale, pages.value.dtype
+    )
+
+    full = block[offset == block_size - 1]
+    raw = _unrotate(_wide(pages.key[full]) * pages.key_scale, rotary.cos_sin[:block_size])
+    variance, mean = torch.var_mean(raw, dim=2, correction=0)
+    pages.summary[full] = torch.stack((mean, variance), dim=2).to(pages.summary.dtype)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    limit = torch.finfo(dtype).max  # an fp8 cast does not saturate by itself
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def score_blocks(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each block's share of the position-free softmax, estimated from summaries.
+
+    A block whose keys have mean m and variance v per channel holds about
+    exp(q.m + (q*q).v / 2) * block_size of the softmax's mass, were its keys Gaussian.
+
+    query        [num_tokens, num_heads, head_size], not rotated
+    block_table  [num_requests, max_blocks] int32
+    returns      score [num_tiles, num_kv_heads, max_blocks] fp32: shares summed over the tile's
+                 rows; -1 where nothing can be recalled (global, local, past the end, dense tiles);
+                 extent [num_tiles] int32: how many columns of score can matter, 0 for a tile
+                 that recalls nothing (kernels leave the columns behind it unwritten);
+                 log_mass [num_tiles, num_kv_heads, max_length * group] fp32: log of the softmax's
+                 denominator over all blocks before local; 0 for rows that are not there
+    """
+    num_kv_heads, block_size = pages.key.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    score = query.new_full((num_tiles, num_kv_heads, max_blocks), -1.0, dtype=wide)
+    extent = tiles.row.new_zeros(num_tiles)
+    log_mass = query.new_zeros((num_tiles, num_kv_heads, tiles.max_length * group), dtype=wide)
+    for tile, (request, row, length, position) in enumerate(_rows(tiles)):
+        num_global, num_recalled, local = scope.slots(position // block_size, block_size)
+        if not length or not num_recalled:
+            continue
+        q = _tile_query(query, row, length, num_kv_heads, rotary) * scale
+        summary = _wide(pages.summary[block_table[request, :local].long()]).to(q.dtype)
+        mean, variance = summary.permute(2, 1, 3, 0)  # [num_kv_heads, head_size, local]
+        mass = q @ mean + (q * q) @ variance / 2 + math.log(block_size)
+        total = mass.logsumexp(dim=-1, keepdim=True)
+        shares = (mass - total).exp().sum(dim=1)
+        score[tile, :, num_global:local] = shares[:, num_global:]
+        extent[tile] = local
+        log_mass[tile, :, : length * group] = total[..., 0]
+    return score, extent, log_mass
+
+
+def recall_blocks(
+    score: Tensor, num_recalled: int, extent: Tensor | None = None, blocks: Tensor | None = None
+) -> Tensor:
+    """The best blocks, in sequence order; of equals, the earlier.
+
+    score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
+    extent   [num_tiles] int32: only so many columns of a tile count; default: all
+    blocks   [num_tiles, num_kv_heads, n] int32, the block each column stands for, ascending,
+             -1 at the end; default: the column itself
+    returns  [num_tiles, num_kv_heads, num_recalled] int32, ascending; -1 behind the last
+    """
+    n = score.shape[-1]
+    if extent is not None:
+        columns = torch.arange(n, device=score.device)
+        score = score.masked_fill(columns >= extent[:, None, None], -1.0)
+    order = score.argsort(dim=-1, descending=True, stable=True)[..., :num_recalled]
+    chosen = torch.where(score.gather(-1, order) >= 0, order, n).sort(dim=-1).values
+    chosen = torch.nn.functional.pad(chosen, (0, num_recalled - chosen.shape[-1]), value=n)
+    if blocks is not None:
+        named = blocks.gather(-1, chosen.clamp(max=n - 1).to(torch.int64))
+    else:
+        named = chosen
+    return torch.where(chosen < n, named, -1).to(torch.int32)
+
+
+def refine_scores(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    candidates: Tensor,
+    log_mass: Tensor,
+    rotary: Rotary,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """The candidates' shares from their keys instead of their summaries.
+
+    The denominator stays the estimate, plus the block's own exact mass: a row that finds what
+    no summary showed gives it a share near 1, never more.
+
+    candidates  [num_tiles, num_kv_heads, n] int32 block ids; negative: none
+    log_mass    as score_blocks returns it
+    returns     [num_tiles, num_kv_heads, n] fp32; -1 where there is no candidate
+    """
+    num_kv_heads, block_size = pages.key.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    heads = torch.arange(num_kv_heads, device=query.device)[:, None]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    score = torch.full(candidates.shape, -1.0, dtype=wide, device=query.device)
+    for tile, (request, row, length, _) in enumerate(_rows(tiles)):
+        if not length:
+            continue
+        q = _tile_query(query, row, length, num_kv_heads, rotary) * scale
+        wanted = candidates[tile].long()
+        pages_of = block_table[request].long()[wanted.clamp(min=0)]
+        stored = _wide(pages.key[pages_of, heads]).to(q.dtype) * pages.key_scale
+        raw = _unrotate(stored, rotary.cos_sin[:block_size])  # [num_kv_heads, n, block, head_size]
+        logits = _cap(torch.einsum("hrd,hnbd->hrnb", q, raw), soft_cap)
+        log_odds = logits.logsumexp(dim=-1) - log_mass[tile, :, : length * group, None].to(q.dtype)
+        score[tile] = torch.where(wanted >= 0, log_odds.sigmoid().sum(dim=1), -1.0)
+    return score
+
+
+def attend(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    recalled: Tensor,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+    out: Tensor,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> None:
+    """Causal attention over [global | recalled | local], each block rotated to its slot.
+
+    recalled  [num_tiles, num_kv_heads, recall_blocks] int32, ascending
+    sinks     [num_heads]: a logit per head that takes mass and gives no value
+    out       [num_tokens, num_heads, head_size]: the tiles' rows are written, others left alone
+    """
+    num_kv_heads, block_size = pages.key.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    heads = torch.arange(num_kv_heads, device=query.device)[:, None]
+    offset = torch.arange(block_size, device=query.device)
+    for tile, (request, row, length, position) in enumerate(_rows(tiles)):
+        if not length:
+            continue
+        last = position // block_size
+        num_global, num_recalled, local = scope.slots(last, block_size)
+        fixed = torch.arange(last + 1, device=query.device).expand(num_kv_heads, -1)
+        slots = torch.cat(
+            (fixed[:, :num_global], recalled[tile, :, :num_recalled].long(), fixed[:, local:]), 1
+        )
+        num_slots = slots.shape[1]
+        table = rotary.cos_sin[torch.arange(num_slots, device=query.device) * block_size]
+        q = _tile_query(query, row, length, num_kv_heads, rotary)
+        own = (num_slots - 1) * block_size + position % block_size
+        own = torch.arange(own, own + length, device=query.device).repeat_interleave(group)
+        q = _rotate(q, rotary.cos_sin[own]) * scale
+
+        named = block_table[request].long()[slots]  # [num_kv_heads, num_slots]
+        key = _wide(pages.key[named, heads]).to(q.dtype) * pages.key_scale
+        key = _rotate(key, table[:, None]).flatten(1, 2)
+        value = (_wide(pages.value[named, heads]).to(q.dtype) * pages.value_scale).flatten(1, 2)
+        logits = _cap(q @ key.transpose(1, 2), soft_cap)  # [num_kv_heads, rows, keys]
+
+        at = torch.arange(position, position + length, device=query.device)
+        at = at.repeat_interleave(group)[:, None]
+        key_at = (slots[..., None] * block_size + offset).flatten(1)[:, None]
+        seen = key_at <= at
+        if scope.window:
+            seen &= key_at > at - scope.window
+        logits = logits.masked_fill(~seen, float("-inf"))
+        # a page's unwritten rows may hold anything, nan too
+        value = value.masked_fill((key_at >= position + length).transpose(1, 2), 0.0)
+        if sinks is not None:
+            sink = sinks.to(q.dtype).view(num_kv_heads, 1, group).expand(-1, length, -1)
+            logits = torch.cat((logits, sink.flatten(1)[..., None]), dim=-1)
+            value = torch.nn.functional.pad(value, (0, 0, 0, 1))
+        result = (logits.softmax(dim=-1) @ value).unflatten(1, (length, group))
+        out[row : row + length] = result.transpose(0, 1).flatten(1, 2).to(out.dtype)
+
+
+def _rows(tiles: Tiles):
+    return zip(*(column.tolist() for column in tiles[:4]), strict=True)

@@ -1,0 +1,180 @@
+"""refine_scores: the candidates' shares of the softmax, from their keys."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.layout import Pages, Rotary, Tiles
+from csrc_triton.primitives import LOG2E, cap_logits, source_channel
+
+
+@triton.jit
+def _refine_scores_kernel(
+    query_ptr,  # [num_tokens, num_heads, head_size]
+    key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
+    block_table_ptr,  # [num_requests, max_blocks]
+    request_ptr,  # [num_tiles]
+    row_ptr,
+    length_ptr,
+    candidate_ptr,  # [num_tiles, num_kv_heads, num_candidates]
+    log_mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS]
+    cos_sin_ptr,  # [num_positions, 2, half]
+    score_ptr,  # [num_tiles, num_kv_heads, num_candidates]
+    scale,  # of the logits, times the keys' scale
+    query_scale,
+    soft_cap,
+    num_candidates,
+    query_stride_token,
+    query_stride_head,
+    table_stride,
+    cache_stride_block,
+    cache_stride_head,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PAD_HALF: tl.constexpr,
+    PAD_REST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    ROW_PARTS: tl.constexpr = (MAX_ROWS + ROWS - 1) // ROWS
+    tile_idx = tl.program_id(0).to(tl.int64)
+    head_idx = tl.program_id(1)
+    split_idx = tl.program_id(2)
+    out_row = tile_idx * tl.num_programs(1) + head_idx
+    num_rows = tl.load(length_ptr + tile_idx) * GROUP
+    per_split = tl.cdiv(num_candidates, SPLITS)
+    start = split_idx * per_split
+    end = tl.minimum(start + per_split, num_candidates)
+    table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
+    first_row = tl.load(row_ptr + tile_idx)
+
+    slot_offs = tl.arange(0, BLOCK_SIZE)
+    half_offs = tl.arange(0, PAD_HALF)
+    half_mask = half_offs < HALF
+    rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
+    rest_mask = rest_offs < HEAD_SIZE
+    if HALF > 0:
+        angle_ptr = cos_sin_ptr + slot_offs[:, None] * (2 * HALF) + half_offs[None, :]
+        cos = tl.load(angle_ptr, mask=half_mask[None, :], other=0.0)
+        sin = tl.load(angle_ptr + HALF, mask=half_mask[None, :], other=0.0)
+    for part in tl.static_range(ROW_PARTS):
+        row_offs = part * ROWS + tl.arange(0, ROWS)
+        row_mask = row_offs < num_rows
+        log_mass = tl.load(log_mass_ptr + out_row * MAX_ROWS + row_offs, mask=row_mask, other=0.0)
+        log_mass = log_mass * LOG2E
+        query_row_ptr = (
+            query_ptr
+            + (first_row + row_offs // GROUP).to(tl.int64) * query_stride_token
+            + (head_idx * GROUP + row_offs % GROUP) * query_stride_head
+        )[:, None]
+        if HALF > 0:
+            mask = row_mask[:, None] & half_mask[None, :]
+            at = source_channel(half_offs, HALF, INTERLEAVED)[None, :]
+            query_first = tl.load(query_row_ptr + at, mask=mask, other=0.0)
+            at = source_channel(half_offs + HALF, HALF, INTERLEAVED)[None, :]
+            query_second = tl.load(query_row_ptr + at, mask=mask, other=0.0)
+            dtype = query_first.dtype
+            query_first = (query_first.to(tl.float32) * query_scale).to(dtype)
+            query_second = (query_second.to(tl.float32) * query_scale).to(dtype)
+        if 2 * HALF < HEAD_SIZE:
+            mask = row_mask[:, None] & rest_mask[None, :]
+            query_rest = tl.load(query_row_ptr + rest_offs[None, :], mask=mask, other=0.0)
+        for index in tl.range(start, end, num_stages=STAGES):
+            candidate = tl.load(candidate_ptr + out_row * num_candidates + index)
+            page = tl.load(table_ptr + tl.maximum(candidate, 0)).to(tl.int64)
+            key_ptr = key_cache_ptr + page * cache_stride_block + head_idx * cache_stride_head
+            key_ptr = key_ptr + slot_offs[:, None] * HEAD_SIZE
+            logits = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)
+            if HALF > 0:
+                mask = half_mask[None, :]
+                first = tl.load(key_ptr + half_offs[None, :], mask=mask, other=0.0)
+                second = tl.load(key_ptr + HALF + half_offs[None, :], mask=mask, other=0.0)
+                first = first.to(tl.float32)
+                second = second.to(tl.float32)
+                raw_first = (first * cos + second * sin).to(query_first.dtype)
+                raw_second = (second * cos - first * sin).to(query_first.dtype)
+                logits = tl.dot(query_first, tl.trans(raw_first), logits)
+                logits = tl.dot(query_second, tl.trans(raw_second), logits)
+            if 2 * HALF < HEAD_SIZE:
+                mask = rest_mask[None, :]
+                rest = tl.load(key_ptr + rest_offs[None, :], mask=mask, other=0.0)
+                logits = tl.dot(query_rest, tl.trans(rest.to(query_rest.dtype)), logits)
+            logits = logits * scale
+            if HAS_CAP:
+                logits = cap_logits(logits, soft_cap)
+            weight = tl.exp2(tl.minimum(logits * LOG2E - log_mass[:, None], 80.0))
+            odds = tl.sum(weight, axis=1)
+            score = tl.sum(tl.where(row_mask, odds / (1.0 + odds), 0.0))
+            if part > 0:
+                score += tl.load(score_ptr + out_row * num_candidates + index)
+            score = tl.where((candidate >= 0) & (num_rows > 0), score, -1.0)
+            tl.store(score_ptr + out_row * num_candidates + index, score)
+
+
+def refine_scores(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    candidates: Tensor,
+    log_mass: Tensor,
+    rotary: Rotary,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """The candidates' shares from their keys instead of their summaries.
+
+    query       [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
+    candidates  [num_tiles, num_kv_heads, n] int32 block ids; negative: none
+    log_mass    [num_tiles, num_kv_heads, max_length * group] fp32, of score_blocks
+    returns     [num_tiles, num_kv_heads, n] fp32; negative where there is no candidate
+    """
+    num_kv_heads, block_size, head_size = pages.key.shape[1:]
+    group = query.shape[1] // num_kv_heads
+    num_tiles, _, num_candidates = candidates.shape
+    max_rows = tiles.max_length * group
+    rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
+    splits = min(math.ceil(num_candidates / 4), max(1, 1056 // (num_tiles * num_kv_heads)))
+    score = torch.empty(candidates.shape, dtype=torch.float32, device=query.device)
+    _refine_scores_kernel[(num_tiles, num_kv_heads, splits)](
+        query,
+        pages.key,
+        block_table,
+        *tiles[:3],
+        candidates,
+        log_mass,
+        rotary.cos_sin,
+        score,
+        scale * pages.key_scale,
+        rotary.query_scale,
+        soft_cap,
+        num_candidates,
+        query.stride(0),
+        query.stride(1),
+        block_table.stride(0),
+        pages.key.stride(0),
+        pages.key.stride(1),
+        HEAD_SIZE=head_size,
+        HALF=rotary.half,
+        INTERLEAVED=rotary.interleaved,
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        MAX_ROWS=max_rows,
+        ROWS=rows,
+        SPLITS=splits,
+        HAS_CAP=soft_cap > 0,
+        PAD_HALF=max(triton.next_power_of_2(rotary.half), 16),
+        PAD_REST=max(triton.next_power_of_2(head_size - 2 * rotary.half), 16),
+        STAGES=3 if rows <= 16 else 2,
+        num_warps=4 if rows <= 64 else 8,
+    )
+    return score

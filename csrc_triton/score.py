@@ -1,0 +1,357 @@
+"""score_blocks: each block's share of the position-free softmax, from its summary alone.
+
+Two passes, because a share needs its row's denominator. Decode keeps the first pass's log-mass
+(one read of the summaries, which are its whole cost); prefill computes it twice (writing it would
+cost more than multiplying again).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.layout import Pages, Rotary, Scope, Tiles
+from csrc_triton.primitives import LOG2E, source_channel, tile_slots
+
+
+@triton.jit
+def _load_rows(
+    query_ptr,
+    query_stride_token,
+    query_stride_head,
+    first_row,
+    head_idx,
+    row_offs,  # [ROWS], (query, head of the group)
+    num_rows,
+    query_scale,
+    scale,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAD_HEAD: tl.constexpr,
+):
+    """q, and (q * scale)^2 / 2, both in the query's dtype: [ROWS, PAD_HEAD]."""
+    channel_offs = tl.arange(0, PAD_HEAD)
+    source = source_channel(channel_offs, HALF, INTERLEAVED)
+    row_ptr = (
+        query_ptr
+        + (first_row + row_offs // GROUP).to(tl.int64) * query_stride_token
+        + (head_idx * GROUP + row_offs % GROUP) * query_stride_head
+    )
+    mask = (row_offs < num_rows)[:, None] & (channel_offs < HEAD_SIZE)[None, :]
+    query = tl.load(row_ptr[:, None] + source[None, :], mask=mask, other=0.0)
+    wide = query.to(tl.float32) * tl.where(channel_offs < 2 * HALF, query_scale, 1.0)[None, :]
+    square = wide * scale * (wide * scale) * 0.5
+    return wide.to(query.dtype), square.to(query.dtype)
+
+
+@triton.jit
+def _log_mass(
+    query,
+    square,
+    summary_ptr,
+    table_ptr,
+    head_idx,
+    block_offs,
+    block_mask,
+    scale,
+    summary_stride_block,
+    summary_stride_head,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAD_HEAD: tl.constexpr,
+):
+    """Estimated log2 of the blocks' softmax mass: [ROWS, len(block_offs)]."""
+    page = tl.load(table_ptr + block_offs, mask=block_mask, other=0).to(tl.int64)
+    channel_offs = tl.arange(0, PAD_HEAD)
+    at = summary_ptr + page * summary_stride_block + head_idx * summary_stride_head
+    at = at[:, None] + channel_offs[None, :]
+    mask = block_mask[:, None] & (channel_offs < HEAD_SIZE)[None, :]
+    mean = tl.load(at, mask=mask, other=0.0).to(query.dtype)
+    mass = tl.dot(query, tl.trans(mean)) * scale
+    variance = tl.load(at + HEAD_SIZE, mask=mask, other=0.0).to(query.dtype)
+    mass = tl.dot(square, tl.trans(variance), mass)
+    mass = mass * LOG2E + tl.log2(float(BLOCK_SIZE))
+    return tl.where(block_mask[None, :], mass, float("-inf"))
+
+
+@triton.jit
+def _sum_mass_kernel(
+    query_ptr,  # [num_tokens, num_heads, head_size]
+    summary_ptr,  # [num_blocks, num_kv_heads, 2, head_size]
+    block_table_ptr,  # [num_requests, max_blocks]
+    request_ptr,  # [num_tiles]
+    row_ptr,
+    length_ptr,
+    position_ptr,
+    mass_ptr,  # [num_tiles, num_kv_heads, group, max_blocks] log2, decode only
+    partial_ptr,  # [num_tiles, num_kv_heads, num_rows, splits] log2
+    scale,
+    query_scale,
+    max_blocks,
+    query_stride_token,
+    query_stride_head,
+    table_stride,
+    summary_stride_block,
+    summary_stride_head,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    RECALL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEEPS_MASS: tl.constexpr,
+    PAD_HEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    ROW_PARTS: tl.constexpr = (MAX_ROWS + ROWS - 1) // ROWS
+    tile_idx = (tl.program_id(0) // ROW_PARTS).to(tl.int64)
+    row_offs = (tl.program_id(0) % ROW_PARTS) * ROWS + tl.arange(0, ROWS)
+    head_idx = tl.program_id(1)
+    split_idx = tl.program_id(2)
+    num_rows = tl.load(length_ptr + tile_idx) * GROUP
+    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
+    num_global, num_recalled, local = tile_slots(
+        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0
+    )
+    if (num_rows == 0) | (num_recalled == 0):
+        return
+    query, square = _load_rows(
+        query_ptr, query_stride_token, query_stride_head, tl.load(row_ptr + tile_idx), head_idx,
+        row_offs, num_rows, query_scale, scale, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+    )  # fmt: skip
+    table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
+    out_row = tile_idx * tl.num_programs(1) + head_idx
+
+    # BLOCKS at a time, split so that every program starts on a multiple
+    per_split = tl.cdiv(tl.cdiv(local, BLOCKS), SPLITS) * BLOCKS
+    start = split_idx * per_split
+    end = tl.minimum(start + per_split, local)
+    best = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in tl.range(start, end, BLOCKS, num_stages=STAGES):
+        block_offs = first + tl.arange(0, BLOCKS)
+        block_mask = block_offs < end
+        mass = _log_mass(
+            query, square, summary_ptr, table_ptr, head_idx, block_offs, block_mask, scale,
+            summary_stride_block, summary_stride_head, HEAD_SIZE, BLOCK_SIZE, PAD_HEAD,
+        )  # fmt: skip
+        if KEEPS_MASS:
+            at = (out_row * GROUP + row_offs)[:, None] * max_blocks + block_offs[None, :]
+            tl.store(mass_ptr + at, mass, mask=(row_offs < num_rows)[:, None] & block_mask[None, :])
+        new_best = tl.maximum(best, tl.max(mass, axis=1))
+        total = total * tl.exp2(best - new_best)
+        total += tl.sum(tl.exp2(mass - new_best[:, None]), axis=1)
+        best = new_best
+    tl.store(
+        partial_ptr + (out_row * MAX_ROWS + row_offs) * SPLITS + split_idx,
+        tl.where(total > 0, best + tl.log2(total), -1e30),
+        mask=row_offs < num_rows,
+    )
+
+
+@triton.jit
+def _share_mass_kernel(
+    query_ptr,  # [num_tokens, num_heads, head_size]
+    summary_ptr,  # [num_blocks, num_kv_heads, 2, head_size]
+    block_table_ptr,  # [num_requests, max_blocks]
+    request_ptr,  # [num_tiles]
+    row_ptr,
+    length_ptr,
+    position_ptr,
+    mass_ptr,  # [num_tiles, num_kv_heads, group, max_blocks] log2, decode only
+    partial_ptr,  # [num_tiles, num_kv_heads, num_rows, PARTIALS] log2
+    score_ptr,  # [num_tiles, num_kv_heads, max_blocks]
+    extent_ptr,  # [num_tiles]
+    log_mass_ptr,  # [num_tiles, num_kv_heads, num_rows]
+    scale,
+    query_scale,
+    max_blocks,
+    query_stride_token,
+    query_stride_head,
+    table_stride,
+    summary_stride_block,
+    summary_stride_head,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    RECALL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEEPS_MASS: tl.constexpr,
+    PAD_HEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    ROW_PARTS: tl.constexpr = (MAX_ROWS + ROWS - 1) // ROWS
+    tile_idx = tl.program_id(0).to(tl.int64)
+    head_idx = tl.program_id(1)
+    split_idx = tl.program_id(2)
+    num_rows = tl.load(length_ptr + tile_idx) * GROUP
+    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
+    num_global, num_recalled, local = tile_slots(
+        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0
+    )
+    selects = (num_rows > 0) & (num_recalled > 0)
+    if (head_idx == 0) & (split_idx == 0):
+        tl.store(extent_ptr + tile_idx, tl.where(selects, local, 0))
+    out_row = tile_idx * tl.num_programs(1) + head_idx
+    if not selects:
+        if split_idx == 0:
+            for part in range(ROW_PARTS):
+                row_offs = part * ROWS + tl.arange(0, ROWS)
+                at = out_row * MAX_ROWS + row_offs
+                tl.store(log_mass_ptr + at, tl.zeros([ROWS], tl.float32), mask=row_offs < MAX_ROWS)
+        return
+
+    table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
+    partial_offs = tl.arange(0, PARTIALS)
+    per_split = tl.cdiv(tl.cdiv(local, BLOCKS), SPLITS) * BLOCKS
+    start = split_idx * per_split
+    end = tl.minimum(start + per_split, local)
+    for part in tl.static_range(ROW_PARTS):
+        row_offs = part * ROWS + tl.arange(0, ROWS)
+        row_mask = row_offs < num_rows
+        partial = tl.load(
+            partial_ptr
+            + (out_row * MAX_ROWS + row_offs)[:, None] * PARTIALS
+            + partial_offs[None, :],
+            mask=row_mask[:, None],
+            other=0.0,
+        )
+        best = tl.max(partial, axis=1)
+        total = best + tl.log2(tl.sum(tl.exp2(partial - best[:, None]), axis=1))
+        if split_idx == 0:
+            tl.store(
+                log_mass_ptr + out_row * MAX_ROWS + row_offs,
+                tl.where(row_mask, total / LOG2E, 0.0),
+                mask=row_offs < MAX_ROWS,
+            )
+        if not KEEPS_MASS:
+            query, square = _load_rows(
+                query_ptr, query_stride_token, query_stride_head, tl.load(row_ptr + tile_idx),
+                head_idx, row_offs, num_rows, query_scale, scale,
+                HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+            )  # fmt: skip
+        for first in tl.range(start, end, BLOCKS, num_stages=STAGES):
+            block_offs = first + tl.arange(0, BLOCKS)
+            block_mask = block_offs < end
+            if KEEPS_MASS:
+                at = (out_row * GROUP + row_offs)[:, None] * max_blocks + block_offs[None, :]
+                mask = row_mask[:, None] & block_mask[None, :]
+                mass = tl.load(mass_ptr + at, mask=mask, other=float("-inf"))
+            else:
+                mass = _log_mass(
+                    query, square, summary_ptr, table_ptr, head_idx, block_offs, block_mask,
+                    scale, summary_stride_block, summary_stride_head,
+                    HEAD_SIZE, BLOCK_SIZE, PAD_HEAD,
+                )  # fmt: skip
+            share = tl.where(row_mask[:, None], tl.exp2(mass - total[:, None]), 0.0)
+            share = tl.sum(share, axis=0)
+            at = score_ptr + out_row * max_blocks + block_offs
+            if part > 0:
+                share += tl.load(at, mask=block_mask, other=0.0)
+            tl.store(at, tl.where(block_offs < GLOBAL, -1.0, share), mask=block_mask)
+
+
+def score_blocks(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each block's share of the position-free softmax, estimated from summaries.
+
+    query        [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
+    block_table  [num_requests, max_blocks] int32
+    returns      score [num_tiles, num_kv_heads, max_blocks] fp32, defined below the extent;
+                 extent [num_tiles] int32, 0 for tiles that recall nothing;
+                 log_mass [num_tiles, num_kv_heads, max_length * group] fp32
+    """
+    num_kv_heads, block_size, head_size = pages.key.shape[1:]
+    group = query.shape[1] // num_kv_heads
+    num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
+    max_rows = tiles.max_length * group
+    keeps_mass = tiles.max_length == 1
+    rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
+    blocks, warps, num_stages, programs = _tile_sizes(rows, head_size, keeps_mass)
+    splits = _splits(num_tiles * num_kv_heads * math.ceil(max_rows / rows), programs)
+    fp32 = {"dtype": torch.float32, "device": query.device}
+    mass = torch.empty((num_tiles, num_kv_heads, group, max_blocks) if keeps_mass else 1, **fp32)
+    partial = torch.empty((num_tiles, num_kv_heads, max_rows, splits), **fp32)
+    score = torch.empty((num_tiles, num_kv_heads, max_blocks), **fp32)
+    extent = torch.empty(num_tiles, dtype=torch.int32, device=query.device)
+    log_mass = torch.empty((num_tiles, num_kv_heads, max_rows), **fp32)
+    tensors = (query, pages.summary, block_table, *tiles[:4], mass, partial)
+    numbers = (
+        scale,
+        rotary.query_scale,
+        max_blocks,
+        query.stride(0),
+        query.stride(1),
+        block_table.stride(0),
+        pages.summary.stride(0),
+        pages.summary.stride(1),
+    )
+    fixed = {
+        "HEAD_SIZE": head_size,
+        "HALF": rotary.half,
+        "INTERLEAVED": rotary.interleaved,
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        "GLOBAL": scope.global_blocks,
+        "RECALL": scope.recall_blocks,
+        "LOCAL": scope.local_blocks,
+        "DENSE": scope.dense_blocks,
+        "MAX_ROWS": max_rows,
+        "ROWS": rows,
+        "KEEPS_MASS": keeps_mass,
+        "PAD_HEAD": triton.next_power_of_2(head_size),
+        "STAGES": num_stages,
+    }
+    row_parts = math.ceil(max_rows / rows)
+    _sum_mass_kernel[(num_tiles * row_parts, num_kv_heads, splits)](
+        *tensors, *numbers, **fixed, BLOCKS=blocks, SPLITS=splits, num_warps=warps
+    )
+    share_splits, share_blocks = (splits, blocks)
+    if keeps_mass:
+        share_blocks = 256
+        share_splits = _splits(num_tiles * num_kv_heads, 264)
+    _share_mass_kernel[(num_tiles, num_kv_heads, share_splits)](
+        *tensors, score, extent, log_mass, *numbers, **fixed,
+        BLOCKS=share_blocks, PARTIALS=splits, SPLITS=share_splits,
+        num_warps=4 if keeps_mass else warps,
+    )  # fmt: skip
+    return score, extent, log_mass
+
+
+def _tile_sizes(rows: int, head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:
+    """Blocks per step, warps, stages, and programs to aim at."""
+    if keeps_mass:
+        return 32, 4, 3, 528
+    return (64 if head_size <= 128 else 32), 8 if rows > 64 else 4, 2, 264
+
+
+def _splits(programs: int, wanted: int) -> int:
+    """Parts of the block axis, a power of two, so that about `wanted` programs run."""
+    return min(triton.next_power_of_2(max(1, wanted // max(programs, 1))), 64)

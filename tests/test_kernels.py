@@ -1,0 +1,171 @@
+"""Each kernel against its reference: on a GPU where there is one, else in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from csrc_triton import kernels, reference
+from csrc_triton.layout import Pages, Scope
+from tests.cases import Case
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# Triton's interpreter multiplies bf16 as if it were an integer
+DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+DECODE = [
+    Case(contexts=(300, 17, 160)),
+    Case(contexts=(200, 333), heads=(6, 1), block_size=32, scope=Scope(1, 3, 2, 6, 6)),
+    Case(contexts=(257,), heads=(3, 3), head_size=80, rotary_dim=32, interleaved=True),
+    Case(contexts=(300, 129), head_size=96, query_scale=1.4, sinks=True),
+    Case(contexts=(260,), rotary_dim=0, soft_cap=5.0, spread=4.0),
+    Case(contexts=(300, 40), scope=Scope(0, 0, 0, 0, 0, window=50), sinks=True),
+    Case(contexts=(300,), shift=-2.0, spread=2.0, interleaved=True),
+    Case(contexts=(700,), scope=Scope(2, 3, 2, 20, 9), block_size=16),
+]
+PREFILL = [
+    Case(contexts=(300, 17, 160), queries=(37, 17, 1)),
+    Case(contexts=(200, 333), queries=(20, 65), heads=(6, 1), block_size=32,
+         scope=Scope(1, 3, 2, 6, 6)),
+    Case(contexts=(257,), queries=(30,), heads=(3, 3), head_size=80, rotary_dim=32,
+         interleaved=True),
+    Case(contexts=(300, 129), queries=(16, 90), head_size=96, query_scale=1.4, sinks=True),
+    Case(contexts=(260,), queries=(33,), rotary_dim=0, soft_cap=5.0, spread=4.0),
+    Case(contexts=(300, 40), queries=(40, 7), scope=Scope(0, 0, 0, 0, 0, window=50), sinks=True),
+    Case(contexts=(300,), queries=(18,), shift=-2.0, spread=2.0, interleaved=True),
+    Case(contexts=(190,), queries=(20,), heads=(32, 2), scope=Scope(1, 3, 2, 6, 6)),
+]  # fmt: skip
+if ON_GPU:
+    DECODE += [
+        Case(contexts=(5000, 1, 31, 2049), heads=(32, 8), head_size=128, block_size=32,
+             scope=Scope(1, 15, 16, 32, 60)),
+        Case(contexts=(900,), heads=(16, 1), head_size=256, block_size=64,
+             scope=Scope(1, 3, 2, 6, 6)),
+        Case(contexts=(1500, 130), heads=(14, 2), block_size=128, scope=Scope(1, 2, 1, 4, 6)),
+    ]  # fmt: skip
+    PREFILL += [
+        Case(contexts=(5000, 1, 31, 2049), queries=(777, 1, 31, 100), heads=(32, 8), head_size=128,
+             block_size=32, scope=Scope(1, 15, 16, 32, 60)),
+        Case(contexts=(900,), queries=(70,), heads=(16, 1), head_size=256, block_size=64,
+             scope=Scope(1, 3, 2, 6, 6)),
+        Case(contexts=(1500, 130), queries=(300, 130), heads=(14, 2), block_size=128,
+             scope=Scope(1, 2, 1, 4, 6)),
+    ]  # fmt: skip
+selecting = [case for case in DECODE + PREFILL if not case.scope.window]
+every = pytest.mark.parametrize("case", DECODE + PREFILL, ids=str)
+each_selecting = pytest.mark.parametrize("case", selecting, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+pytestmark = pytest.mark.gpu if ON_GPU else []
+
+
+def assert_as_accurate(actual, eager, exact):
+    """Same places finite, and an error of the order of the reference's own in that dtype."""
+    assert torch.equal(actual.isnan(), exact.isnan())
+    actual, eager, exact = (torch.nan_to_num(x.double()) for x in (actual, eager, exact))
+    rounding = 2.0**-8 if eager.dtype == torch.bfloat16 else 2.0**-8
+    allowed = 3 * (eager - exact).norm() + rounding * exact.norm()
+    assert (actual - exact).norm() <= allowed
+    assert (actual - exact).abs().max() <= 16 * rounding * exact.abs().max()
+
+
+@every
+@each_dtype
+def test_write_kv(case, dtype):
+    ours, theirs = case.build(dtype, DEVICE), case.build(dtype, DEVICE)
+    ours.write(kernels.write_kv)
+    theirs.write(reference.write_kv)
+    for actual, eager in zip(ours.pages[:3], theirs.pages[:3], strict=True):
+        torch.testing.assert_close(actual, eager, rtol=2**-7, atol=2**-7, equal_nan=True)
+
+
+@each_selecting
+@each_dtype
+def test_score_blocks(case, dtype):
+    inputs = case.build(dtype, DEVICE)
+    inputs.write(reference.write_kv)
+    score, extent, log_mass = kernels.score_blocks(*inputs.score_args())
+    exact, exact_extent, exact_mass = reference.score_blocks(*inputs.exact().score_args())
+    assert torch.equal(extent, exact_extent)
+    seen = torch.arange(score.shape[-1], device=DEVICE) < extent[:, None, None]
+    actual = torch.where(seen, score, -1.0)
+    torch.testing.assert_close(actual.double(), exact, rtol=0.04, atol=0.01)
+    torch.testing.assert_close(log_mass.double(), exact_mass, rtol=0.01, atol=0.02)
+
+
+@each_selecting
+@each_dtype
+def test_refine_scores(case, dtype):
+    inputs = case.build(dtype, DEVICE)
+    inputs.write(reference.write_kv)
+    score, extent, mass = reference.score_blocks(*inputs.score_args())
+    candidates = reference.recall_blocks(score, case.scope.candidate_blocks, extent)
+    args = (candidates, mass, inputs.rotary, inputs.scale, case.soft_cap)
+    actual = kernels.refine_scores(*inputs.score_args()[:4], *args)
+    exact = reference.refine_scores(*inputs.exact().score_args()[:4], *args)
+    torch.testing.assert_close(actual.double(), exact, rtol=0.02, atol=0.01)
+
+
+@every
+@each_dtype
+def test_attend(case, dtype):
+    inputs = case.build(dtype, DEVICE)
+    inputs.write(reference.write_kv)
+    recalled = inputs.recalled()
+    actual = inputs.attend(kernels.attend, recalled)
+    eager = inputs.attend(reference.attend, recalled)
+    exact = inputs.exact().attend(reference.attend, recalled)
+    assert_as_accurate(actual, eager, exact)
+    assert torch.equal(~actual.isnan().any(-1).any(-1).cpu(), inputs.written_rows())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter has no fp8")
+@pytest.mark.parametrize("case", [DECODE[0], DECODE[3], PREFILL[0], PREFILL[2]], ids=str)
+def test_fp8_cache(case):
+    inputs = case.build(torch.float16, DEVICE, torch.float8_e4m3fn)
+    twin = case.build(torch.float16, DEVICE, torch.float8_e4m3fn)
+    for each in (inputs, twin):
+        each.pages = Pages(*each.pages[:3], 0.25, 0.5)
+    inputs.write(kernels.write_kv)
+    twin.write(reference.write_kv)
+    for actual, eager in zip(inputs.pages[:3], twin.pages[:3], strict=True):
+        torch.testing.assert_close(
+            actual.float(), eager.float(), rtol=2**-3, atol=2**-6, equal_nan=True
+        )
+    recalled = inputs.recalled()
+    actual = inputs.attend(kernels.attend, recalled)
+    eager = inputs.attend(reference.attend, recalled)
+    assert_as_accurate(actual, eager, inputs.exact().attend(reference.attend, recalled))
+
+
+ROWS = {
+    "random": lambda gen, n: torch.rand(3, 2, n, generator=gen),
+    "tied": lambda gen, n: torch.randint(0, 3, (3, 2, n), generator=gen).float(),
+    "sparse": lambda gen, n: torch.where(
+        torch.rand(3, 2, n, generator=gen) > 0.9, torch.rand(3, 2, n, generator=gen), -1.0
+    ),
+    "zeros": lambda gen, n: torch.zeros(3, 2, n),
+    "tiny": lambda gen, n: torch.rand(3, 2, n, generator=gen) * 1e-38,
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("n,k", [(5, 9), (40, 7), (200, 4), (1500, 12), (5000, 60), (20000, 127)])
+def test_recall_blocks(kind, n, k):
+    score = ROWS[kind](torch.Generator().manual_seed(n), n).to(DEVICE)
+    extent = torch.tensor([n, 0, n - n // 3], dtype=torch.int32, device=DEVICE)
+    for limits in (None, extent):
+        actual = kernels.recall_blocks(score, k, limits)
+        assert torch.equal(actual, reference.recall_blocks(score, k, limits))
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_recall_among_named_blocks(kind):
+    gen = torch.Generator().manual_seed(1)
+    score = ROWS[kind](gen, 33).to(DEVICE)
+    names = torch.randperm(90, generator=gen)[:33].sort().values.int().expand(3, 2, -1)
+    names = names.contiguous().to(DEVICE)
+    actual = kernels.recall_blocks(score, 8, blocks=names)
+    assert torch.equal(actual, reference.recall_blocks(score, 8, blocks=names))

@@ -1,0 +1,90 @@
+"""The method on plain tensors: score, recall, refine, recall again, attend."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from csrc_triton import reference
+from csrc_triton.layout import Pages, Rotary, Scope, Tiles
+
+# Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
+# tiles go through the selection in runs whose scratch stays below this.
+SELECTION_BYTES = 256 << 20
+
+
+def stages(device: torch.device) -> ModuleType:
+    """The five stages: Triton kernels on a GPU, the reference on a CPU."""
+    if device.type == "cpu":
+        return reference
+    from csrc_triton import kernels  # triton has no CPU build worth importing
+
+    return kernels
+
+
+def tiles_per_run(num_heads: int, num_kv_heads: int, max_length: int, max_blocks: int) -> int:
+    """How many tiles the selection takes at once."""
+    per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
+    return max(1, SELECTION_BYTES // (4 * per_block * max_blocks))
+
+
+def select(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """Recalled blocks of each tile: [num_tiles, num_kv_heads, recall_blocks] int32, ascending."""
+    stage = stages(query.device)
+    score, extent, log_mass = stage.score_blocks(
+        query, pages, block_table, tiles, scope, rotary, scale
+    )
+    if not scope.candidate_blocks:
+        return stage.recall_blocks(score, scope.recall_blocks, extent)
+    candidates = stage.recall_blocks(score, scope.candidate_blocks, extent)
+    refined = stage.refine_scores(
+        query, pages, block_table, tiles, candidates, log_mass, rotary, scale, soft_cap
+    )
+    return stage.recall_blocks(refined, scope.recall_blocks, blocks=candidates)
+
+
+def reattention(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+    out: Tensor,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> None:
+    """Attention of every tile over its own scope (ReAttention, arXiv 2407.15176).
+
+    query        [num_tokens, num_heads, head_size] fp32 | bf16 | fp16, not rotated
+    block_table  [num_requests, max_blocks] int32; its width bounds the context
+    tiles        consecutive queries of one request within one block; see layout.Tiles
+    scale        of the logits, 1/sqrt(head_size) as a rule
+    out          [num_tokens, num_heads, head_size]; rows of no tile are left alone
+    """
+    stage = stages(query.device)
+    max_blocks = block_table.shape[1]
+    selects = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
+    num_kv_heads = pages.key.shape[1]
+    run = tiles.row.shape[0]
+    if selects:
+        run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks)
+    for start in range(0, tiles.row.shape[0], run):
+        part = Tiles(*(column[start : start + run] for column in tiles[:4]), tiles.max_length)
+        if selects:
+            recalled = select(query, pages, block_table, part, scope, rotary, scale, soft_cap)
+        else:
+            recalled = block_table.new_empty((part.row.shape[0], num_kv_heads, 0))
+        stage.attend(
+            query, pages, block_table, part, recalled, scope, rotary, scale, out, soft_cap, sinks
+        )
