@@ -1,0 +1,336 @@
+"""Figure 1: attention of one layer against context length, ours beside what vLLM users have.
+
+    python -m benchmarks.kernels --run --plot
+
+Decode is timed in a CUDA graph over several layers' caches, so that what one call leaves in the L2
+cache does not serve the next. Prefill is 8192 new tokens at the end of the context. Every case
+first passes a check against the reference; one that fails writes no row.
+
+Floors, per layer (S blocks of summaries, scope of 8192 tokens):
+  decode bytes    context/32 * kv_heads * 2d * 2 (summaries) + scope * kv_heads * 2d * itemsize
+  prefill FLOPs   4 * new * scope * heads * d (attend) + 2 * new * context/32 * heads * 2d (score)
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import harness
+from csrc_triton import kernels, reference
+from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
+from vllm_reattention.attention import reattention
+
+COLUMNS = (
+    "figure provider context_len batch heads kv_heads head_size dtype metric unit p50 p20 p80 "
+    "gpu torch triton vllm commit"
+).split()
+BLOCK_SIZE = 32
+SCOPE = Scope(1, 127, 128, 256, 508)
+HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128), "smollm2-135m": (9, 3, 64)}
+NEW_TOKENS = 8192
+
+
+@dataclass
+class Layer:
+    pages: Pages
+    raw: torch.Tensor
+
+
+class Problem:
+    """`layers` caches of `batch` requests of `context` tokens, written by our own write_kv."""
+
+    def __init__(self, heads, context, batch, dtype, new_tokens):
+        self.heads, self.context, self.batch, self.dtype = heads, context, batch, dtype
+        num_heads, num_kv_heads, size = heads
+        self.new_tokens = new_tokens
+        per_request = -(-context // BLOCK_SIZE)
+        num_blocks = per_request * batch
+        touched = batch * num_kv_heads * size * 4 * min(context, 8192)
+        self.num_layers = 1 if new_tokens > 1 else max(2, min(16, -(-(256 << 20) // touched)))
+        while self.num_layers > 1 and self.num_layers * num_blocks * 32 * num_kv_heads * size > 8e9:
+            self.num_layers -= 1
+        frequencies = 500000.0 ** -(torch.arange(size // 2, device="cuda") / (size // 2))
+        table = rotation_table(frequencies, SCOPE.dense_blocks * BLOCK_SIZE + BLOCK_SIZE)
+        self.rotary = Rotary(table)
+        self.scale = size**-0.5
+        self.block_table = torch.randperm(num_blocks, device="cuda").int().view(batch, per_request)
+        self.layers = [self._layer(num_blocks) for _ in range(self.num_layers)]
+        self.query = torch.randn(
+            batch * new_tokens, num_heads, size, device="cuda", dtype=torch.bfloat16
+        )
+        self.out = torch.empty_like(self.query)
+        self.tiles = self._tiles()
+
+    def _layer(self, num_blocks: int) -> Layer:
+        _, num_kv_heads, size = self.heads
+        item = self.dtype.itemsize
+        plane = BLOCK_SIZE * size
+        run = 2 * plane + 2 * size * 2 // item
+        raw = torch.empty(num_blocks, num_kv_heads, run, device="cuda", dtype=self.dtype)
+        planes = raw[..., : 2 * plane].unflatten(-1, (2, BLOCK_SIZE, size))
+        summary = raw[..., 2 * plane :].view(torch.bfloat16).unflatten(-1, (2, size))
+        pages = Pages(planes[:, :, 0], planes[:, :, 1], summary)
+        step = 1 << 17
+        for start in range(0, num_blocks * BLOCK_SIZE, step):
+            slots = torch.arange(start, min(start + step, num_blocks * BLOCK_SIZE), device="cuda")
+            shape = (len(slots), num_kv_heads, size)
+            key = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            kernels.write_kv(key, torch.randn_like(key), pages, slots, self.rotary)
+        return Layer(pages, raw)
+
+    def _tiles(self) -> Tiles:
+        new, context = self.new_tokens, self.context
+        if new == 1:
+            rows = torch.arange(self.batch, device="cuda", dtype=torch.int32)
+            ones = torch.ones_like(rows)
+            return Tiles(rows, rows, ones, ones * (context - 1), 1)
+        rows = torch.arange(0, new, BLOCK_SIZE, device="cuda", dtype=torch.int32)
+        full = torch.full_like(rows, BLOCK_SIZE)
+        return Tiles(torch.zeros_like(rows), rows, full, rows + context - new, BLOCK_SIZE)
+
+    def ours(self) -> None:
+        for layer in self.layers:
+            reattention(
+                self.query, layer.pages, self.block_table, self.tiles, SCOPE, self.rotary,
+                self.scale, self.out,
+            )  # fmt: skip
+
+    def check(self) -> None:
+        """A few tiles of the last layer against the reference on what the kernels recalled."""
+        self.out.fill_(float("nan"))
+        self.ours()
+        pages = self.layers[-1].pages
+        for tile in {0, self.tiles.row.shape[0] - 1}:
+            part = Tiles(*(c[tile : tile + 1] for c in self.tiles[:4]), self.tiles.max_length)
+            given = (self.query, pages, self.block_table, part, SCOPE, self.rotary, self.scale)
+            recalled = self.out.new_zeros((1, self.heads[1], SCOPE.recall_blocks)).int()
+            if self.context > SCOPE.dense_blocks * BLOCK_SIZE:
+                score, extent, mass = kernels.score_blocks(*given)
+                theirs, _, _ = reference.score_blocks(*given)
+                n = int(extent[0])
+                torch.testing.assert_close(score[..., :n], theirs[..., :n], rtol=0.1, atol=0.02)
+                found = kernels.recall_blocks(score, SCOPE.candidate_blocks, extent)
+                refined = kernels.refine_scores(*given[:4], found, mass, self.rotary, self.scale)
+                recalled = kernels.recall_blocks(refined, SCOPE.recall_blocks, blocks=found)
+            exact = torch.empty_like(self.out)
+            reference.attend(*given[:4], recalled, *given[4:], exact)
+            rows = slice(int(part.row[0]), int(part.row[0] + part.length[0]))
+            error = (self.out[rows].float() - exact[rows].float()).norm() / exact[
+                rows
+            ].float().norm()
+            if not error < 0.02:
+                raise AssertionError(f"attend differs from the reference by {error}")
+
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """One call of each stage per layer, on what the stage before it left."""
+        kept = []
+        for layer in self.layers:
+            given = (self.query, layer.pages, self.block_table, self.tiles)
+            rest = (self.rotary, self.scale)
+            score, extent, mass = kernels.score_blocks(*given, SCOPE, *rest)
+            found = kernels.recall_blocks(score, SCOPE.candidate_blocks, extent)
+            refined = kernels.refine_scores(*given, found, mass, *rest)
+            recalled = kernels.recall_blocks(refined, SCOPE.recall_blocks, blocks=found)
+            kept.append((given, rest, score, extent, mass, found, refined, recalled))
+
+        def over_layers(call):
+            return lambda: [call(*state) for state in kept]
+
+        return {
+            "score": over_layers(lambda g, r, *_: kernels.score_blocks(*g, SCOPE, *r)),
+            "recall candidates": over_layers(
+                lambda g, r, score, extent, *_: kernels.recall_blocks(
+                    score, SCOPE.candidate_blocks, extent
+                )
+            ),
+            "refine": over_layers(
+                lambda g, r, s, e, mass, found, *_: kernels.refine_scores(*g, found, mass, *r)
+            ),
+            "recall": over_layers(
+                lambda g, r, s, e, m, found, refined, _: kernels.recall_blocks(
+                    refined, SCOPE.recall_blocks, blocks=found
+                )
+            ),
+            "attend": over_layers(
+                lambda g, r, s, e, m, f, refined, recalled: kernels.attend(
+                    *g, recalled, SCOPE, *r, self.out
+                )
+            ),
+        }
+
+    def flash_attn_3(self) -> dict[str, Callable[[], None]]:
+        """vLLM's FlashAttention 3 on the same pages, at several caps of its key splits."""
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        new, context = self.new_tokens, self.context
+        start = torch.arange(self.batch + 1, device="cuda", dtype=torch.int32) * new
+        lens = torch.full((self.batch,), context, device="cuda", dtype=torch.int32)
+        descale = torch.ones(self.batch, self.heads[1], device="cuda")
+        fp8 = self.dtype.itemsize == 1
+        query = self.query.to(self.dtype) if fp8 else self.query
+
+        def provider(splits):
+            def run():
+                for layer in self.layers:
+                    flash_attn_varlen_func(
+                        q=query, k=layer.pages.key.transpose(1, 2),
+                        v=layer.pages.value.transpose(1, 2), out=self.out, cu_seqlens_q=start,
+                        max_seqlen_q=new, seqused_k=lens, max_seqlen_k=context,
+                        softmax_scale=self.scale, causal=True, block_table=self.block_table,
+                        fa_version=3, num_splits=splits,
+                        **({"q_descale": descale, "k_descale": descale, "v_descale": descale}
+                           if fp8 else {}),
+                    )  # fmt: skip
+
+            return run
+
+        return {
+            f"{splits}": provider(splits) for splits in ((0, 32, 64, 128) if new == 1 else (0,))
+        }
+
+    def triton_attn(self) -> Callable[[], None]:
+        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+        new, context = self.new_tokens, self.context
+        start = torch.arange(self.batch + 1, device="cuda", dtype=torch.int32) * new
+        lens = torch.full((self.batch,), context, device="cuda", dtype=torch.int32)
+
+        def run():
+            for layer in self.layers:
+                unified_attention(
+                    q=self.query, k=layer.pages.key.transpose(1, 2),
+                    v=layer.pages.value.transpose(1, 2), out=self.out, cu_seqlens_q=start,
+                    max_seqlen_q=new, seqused_k=lens, max_seqlen_k=context,
+                    softmax_scale=self.scale, causal=True, window_size=(-1, -1),
+                    block_table=self.block_table, softcap=0, q_descale=None, k_descale=None,
+                    v_descale=None,
+                )  # fmt: skip
+
+        return run
+
+
+def floor(problem: Problem) -> tuple[float, float]:
+    """Bytes and FLOPs one layer cannot do without."""
+    num_heads, num_kv_heads, size = problem.heads
+    context = problem.context
+    scope = min(context, SCOPE.dense_blocks * BLOCK_SIZE)
+    scored = context // BLOCK_SIZE if context > scope else 0
+    new = problem.new_tokens
+    seen = scope if context > scope else context - new / 2
+    bytes_moved = (
+        problem.batch * num_kv_heads * size * 2 * (scored * 2 + scope * problem.dtype.itemsize)
+    )
+    flops = problem.batch * new * num_heads * size * (4 * seen + 4 * scored)
+    return bytes_moved, flops
+
+
+def run_case(
+    figure: str, name: str, context: int, batch: int, dtype, new: int, others: bool
+) -> None:
+    heads = HEADS[name]
+    problem = Problem(heads, context, batch, dtype, new)
+    problem.check()
+    in_graph = new == 1
+    rows = []
+    shared = dict(
+        figure=figure, context_len=context, batch=batch, heads=heads[0], kv_heads=heads[1],
+        head_size=heads[2], dtype=str(dtype).removeprefix("torch."), **harness.stamp(),
+    )  # fmt: skip
+
+    def row(provider, metric, unit, p50, p20, p80):
+        numbers = {"p50": f"{p50:.5g}", "p20": f"{p20:.5g}", "p80": f"{p80:.5g}"}
+        rows.append(dict(shared, provider=provider, metric=metric, unit=unit, **numbers))
+
+    def time(function):
+        return harness.quantiles(function, in_graph, problem.num_layers)
+
+    ours = time(problem.ours)
+    row("reattention", "attention", "ms", *ours)
+    bytes_moved, flops = floor(problem)
+    told = f"{figure} {name} {batch} x {context} {shared['dtype']}: ours {ours[0]:.4f} ms"
+    if new == 1:
+        row("reattention", "bandwidth", "TB/s", *(bytes_moved / t / 1e9 for t in ours))
+        told += f" ({bytes_moved / ours[0] / 1e9:.2f} TB/s of what must move)"
+    else:
+        row("reattention", "rate", "TFLOP/s", *(flops / t / 1e9 for t in ours))
+        told += f" ({flops / ours[0] / 1e9:.0f} TFLOP/s of what must be done)"
+    if context > SCOPE.dense_blocks * BLOCK_SIZE and others:
+        try:
+            for stage, function in problem.stages().items():
+                took = time(function)
+                row("reattention", stage, "ms", *took)
+                told += f"; {stage} {took[0]:.4f}"
+        except torch.OutOfMemoryError:
+            told += "; stages do not fit at once"
+    if harness.version("vllm") != "-":
+        best = min((time(f), n) for n, f in problem.flash_attn_3().items())
+        row("FLASH_ATTN (FA3)", "attention", "ms", *best[0])
+        told += f" | FA3 {best[0][0]:.4f} (splits {best[1]}) -> {best[0][0] / ours[0]:.2f}x"
+        if others and context <= 131072 and dtype.itemsize == 2:
+            took = time(problem.triton_attn())
+            row("TRITON_ATTN", "attention", "ms", *took)
+            told += f" | TRITON_ATTN {took[0]:.4f}"
+    print(told, flush=True)
+    harness.append(harness.RESULTS / "kernels.csv", COLUMNS, rows)
+
+
+def run(quick: bool) -> None:
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
+    llama, qwen = "llama-3.1-8b", "qwen2.5-1.5b"
+    cases = [("decode", llama, n, 1, bf16, 1) for n in (8192, 32768, 131072, 524288, 1048576)]
+    cases += [("decode", llama, 131072, b, bf16, 1) for b in (8, 32)]
+    cases += [("prefill", llama, n, 1, bf16, NEW_TOKENS) for n in (8192, 131072, 524288, 1048576)]
+    if not quick:
+        cases += [("decode", llama, n, 1, fp8, 1) for n in (131072, 1048576)]
+        cases += [("prefill", llama, n, 1, fp8, NEW_TOKENS) for n in (131072, 1048576)]
+        cases += [("decode", qwen, n, 1, bf16, 1) for n in (32768, 131072, 1048576, 4194304)]
+        cases += [("prefill", qwen, n, 1, bf16, NEW_TOKENS) for n in (131072, 1048576, 4194304)]
+        cases += [("decode", "smollm2-135m", n, 8, bf16, 1) for n in (8192, 131072, 1048576)]
+    for case in cases:
+        try:
+            run_case(*case, others=not quick or case[1] == llama)
+        except AssertionError as error:
+            print(case, "FAILED its check, no row:", str(error).split("\n")[0], flush=True)
+        torch.cuda.empty_cache()
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = harness.read(harness.RESULTS / "kernels.csv")
+    newest = {}
+    for row in rows:
+        if row["metric"] == "attention" and row["batch"] == "1" and row["heads"] == "32":
+            if row["dtype"] == "bfloat16":
+                key = (row["figure"], row["provider"], int(row["context_len"]))
+                newest[key] = float(row["p50"])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    titles = {"decode": "decode, one token", "prefill": f"prefill, {NEW_TOKENS} new tokens"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for provider in sorted({p for k, p, _ in newest if k == kind}):
+            points = sorted((n, t) for (k, p, n), t in newest.items() if (k, p) == (kind, provider))
+            axis.plot(*zip(*points, strict=True), "o-", label=provider)
+        axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms per layer")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"Attention of one layer, Llama-3.1-8B heads, bf16, {rows[-1]['gpu']}")
+    figure.tight_layout()
+    figure.savefig(harness.RESULTS / "kernels.png", dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="the Llama-3.1-8B bf16 cases only")
+    parser.add_argument("--plot", action="store_true")
+    chosen = parser.parse_args()
+    if chosen.run:
+        run(chosen.quick)
+    if chosen.plot:
+        plot()
