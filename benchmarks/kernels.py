@@ -22,10 +22,26 @@ from csrc_triton import kernels, reference
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
 from vllm_reattention.attention import reattention
 
-COLUMNS = (
-    "figure provider context_len batch heads kv_heads head_size dtype metric unit p50 p20 p80 "
-    "gpu torch triton vllm commit"
-).split()
+COLUMNS = [
+    "figure",
+    "provider",
+    "context_len",
+    "batch",
+    "heads",
+    "kv_heads",
+    "head_size",
+    "dtype",
+    "metric",
+    "unit",
+    "p50",
+    "p20",
+    "p80",
+    "gpu",
+    "torch",
+    "triton",
+    "vllm",
+    "commit",
+]
 BLOCK_SIZE = 32
 SCOPE = Scope(1, 127, 128, 256, 508)
 HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128), "smollm2-135m": (9, 3, 64)}

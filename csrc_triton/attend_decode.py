@@ -115,14 +115,15 @@ def _attend_slots_kernel(
             sin = tl.load(angle_ptr + HALF + half_offs, mask=half_mask, other=0.0)[None, :]
             turned_first = (first * cos - second * sin).to(dtype)
             turned_second = (second * cos + first * sin).to(dtype)
-            mask = half_mask[None, :]
-            key = tl.load(key_ptr + half_offs[None, :], mask=mask, other=0.0)
-            logits = tl.dot(turned_first, tl.trans(key.to(dtype)), logits)
-            key = tl.load(key_ptr + HALF + half_offs[None, :], mask=mask, other=0.0)
-            logits = tl.dot(turned_second, tl.trans(key.to(dtype)), logits)
+            key_first = tl.load(key_ptr + half_offs[None, :], mask=half_mask[None, :], other=0.0)
+            logits = tl.dot(turned_first, tl.trans(key_first.to(dtype)), logits)
+            key_second = tl.load(
+                key_ptr + HALF + half_offs[None, :], mask=half_mask[None, :], other=0.0
+            )
+            logits = tl.dot(turned_second, tl.trans(key_second.to(dtype)), logits)
         if 2 * HALF < HEAD_SIZE:
-            key = tl.load(key_ptr + rest_offs[None, :], mask=rest_mask[None, :], other=0.0)
-            logits = tl.dot(query_rest, tl.trans(key.to(dtype)), logits)
+            key_rest = tl.load(key_ptr + rest_offs[None, :], mask=rest_mask[None, :], other=0.0)
+            logits = tl.dot(query_rest, tl.trans(key_rest.to(dtype)), logits)
         logits = logits * scale
         if HAS_CAP:
             logits = cap_logits(logits, soft_cap)

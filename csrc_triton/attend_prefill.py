@@ -113,20 +113,22 @@ def _attend_tile_kernel(
         key_ptr = key_cache_ptr + page_offs + slot_offs[:, None] * HEAD_SIZE
         logits = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)
         if HALF > 0:
-            angle_ptr = cos_sin_ptr + slot * (BLOCK_SIZE * 2 * HALF) + half_offs
-            cos = tl.load(angle_ptr, mask=half_mask, other=0.0)[None, :]
-            sin = tl.load(angle_ptr + HALF, mask=half_mask, other=0.0)[None, :]
-            mask = half_mask[None, :]
-            first = tl.load(key_ptr + half_offs[None, :], mask=mask, other=0.0).to(tl.float32)
-            second = tl.load(key_ptr + HALF + half_offs[None, :], mask=mask, other=0.0)
-            second = second.to(tl.float32)
-            turned = (first * cos - second * sin).to(dtype)
+            slot_angle_ptr = cos_sin_ptr + slot * (BLOCK_SIZE * 2 * HALF) + half_offs
+            slot_cos = tl.load(slot_angle_ptr, mask=half_mask, other=0.0)[None, :]
+            slot_sin = tl.load(slot_angle_ptr + HALF, mask=half_mask, other=0.0)[None, :]
+            key_first = tl.load(key_ptr + half_offs[None, :], mask=half_mask[None, :], other=0.0)
+            key_second = tl.load(
+                key_ptr + HALF + half_offs[None, :], mask=half_mask[None, :], other=0.0
+            )
+            wide_first = key_first.to(tl.float32)
+            wide_second = key_second.to(tl.float32)
+            turned = (wide_first * slot_cos - wide_second * slot_sin).to(dtype)
             logits = tl.dot(query_first, tl.trans(turned), logits)
-            turned = (second * cos + first * sin).to(dtype)
+            turned = (wide_second * slot_cos + wide_first * slot_sin).to(dtype)
             logits = tl.dot(query_second, tl.trans(turned), logits)
         if 2 * HALF < HEAD_SIZE:
-            key = tl.load(key_ptr + rest_offs[None, :], mask=rest_mask[None, :], other=0.0)
-            logits = tl.dot(query_rest, tl.trans(key.to(dtype)), logits)
+            key_rest = tl.load(key_ptr + rest_offs[None, :], mask=rest_mask[None, :], other=0.0)
+            logits = tl.dot(query_rest, tl.trans(key_rest.to(dtype)), logits)
         logits = logits * scale
         if HAS_CAP:
             logits = cap_logits(logits, soft_cap)

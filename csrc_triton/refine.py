@@ -95,18 +95,18 @@ def _refine_scores_kernel(
             key_ptr = key_ptr + slot_offs[:, None] * HEAD_SIZE
             logits = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)
             if HALF > 0:
-                mask = half_mask[None, :]
-                first = tl.load(key_ptr + half_offs[None, :], mask=mask, other=0.0)
-                second = tl.load(key_ptr + HALF + half_offs[None, :], mask=mask, other=0.0)
-                first = first.to(tl.float32)
-                second = second.to(tl.float32)
+                key = tl.load(key_ptr + half_offs[None, :], mask=half_mask[None, :], other=0.0)
+                first = key.to(tl.float32)
+                key = tl.load(
+                    key_ptr + HALF + half_offs[None, :], mask=half_mask[None, :], other=0.0
+                )
+                second = key.to(tl.float32)
                 raw_first = (first * cos + second * sin).to(query_first.dtype)
                 raw_second = (second * cos - first * sin).to(query_first.dtype)
                 logits = tl.dot(query_first, tl.trans(raw_first), logits)
                 logits = tl.dot(query_second, tl.trans(raw_second), logits)
             if 2 * HALF < HEAD_SIZE:
-                mask = rest_mask[None, :]
-                rest = tl.load(key_ptr + rest_offs[None, :], mask=mask, other=0.0)
+                rest = tl.load(key_ptr + rest_offs[None, :], mask=rest_mask[None, :], other=0.0)
                 logits = tl.dot(query_rest, tl.trans(rest.to(query_rest.dtype)), logits)
             logits = logits * scale
             if HAS_CAP:

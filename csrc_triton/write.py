@@ -17,6 +17,17 @@ def _narrow(x, LIMIT: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def _store_summary(raw, mean_ptr, mask, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Mean and variance of raw [BLOCK_SIZE, channels] over the block."""
+    mean = tl.sum(raw, axis=0) / BLOCK_SIZE
+    away = raw - mean[None, :]
+    variance = tl.sum(away * away, axis=0) / BLOCK_SIZE
+    dtype = mean_ptr.dtype.element_ty
+    tl.store(mean_ptr, mean.to(dtype), mask=mask)
+    tl.store(mean_ptr + HEAD_SIZE, variance.to(dtype), mask=mask)
+
+
+@triton.jit
 def _write_kv_kernel(
     key_ptr,  # [num_tokens, num_kv_heads, head_size]
     value_ptr,  # [num_tokens, num_kv_heads, head_size]
@@ -55,7 +66,6 @@ def _write_kv_kernel(
     page_offs = block_idx * cache_stride_block + head_idx * cache_stride_head
     row_ptr = key_ptr + token_idx * key_stride_token + head_idx * key_stride_head
     cache_dtype = key_cache_ptr.dtype.element_ty
-    ends_block = offset == BLOCK_SIZE - 1
 
     value_offs = tl.arange(0, PAD_HEAD)
     value_mask = value_offs < HEAD_SIZE
@@ -70,94 +80,69 @@ def _write_kv_kernel(
         mask=value_mask,
     )
 
-    # Keys of the block that come in this very step are taken from the input (other programs are
-    # writing them now); the others were written in earlier steps.
+    half_offs = tl.arange(0, PAD_HALF)
+    half_mask = half_offs < HALF
+    first_offs = source_channel(half_offs, HALF, INTERLEAVED)
+    second_offs = source_channel(half_offs + HALF, HALF, INTERLEAVED)
+    rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
+    rest_mask = rest_offs < HEAD_SIZE
+    out_ptr = key_cache_ptr + page_offs + offset * HEAD_SIZE
+    if HALF > 0:
+        first = tl.load(row_ptr + first_offs, mask=half_mask, other=0.0).to(tl.float32)
+        second = tl.load(row_ptr + second_offs, mask=half_mask, other=0.0).to(tl.float32)
+        angle_ptr = cos_sin_ptr + offset * (2 * HALF) + half_offs
+        cos = tl.load(angle_ptr, mask=half_mask, other=0.0)
+        sin = tl.load(angle_ptr + HALF, mask=half_mask, other=0.0)
+        turned = (first * cos - second * sin) * key_inverse_scale
+        tl.store(out_ptr + half_offs, _narrow(turned, LIMIT, cache_dtype), mask=half_mask)
+        turned = (second * cos + first * sin) * key_inverse_scale
+        tl.store(out_ptr + HALF + half_offs, _narrow(turned, LIMIT, cache_dtype), mask=half_mask)
+    if 2 * HALF < HEAD_SIZE:
+        rest = tl.load(row_ptr + rest_offs, mask=rest_mask, other=0.0).to(tl.float32)
+        rest = _narrow(rest * key_inverse_scale, LIMIT, cache_dtype)
+        tl.store(out_ptr + rest_offs, rest, mask=rest_mask)
+    if offset < BLOCK_SIZE - 1:
+        return
+
+    # The block is full: its summary. Keys that come in this very step are taken from the input
+    # (other programs are writing them now) and rounded as the page rounds; the others from the
+    # page.
     slot_offs = tl.arange(0, BLOCK_SIZE)
-    near = tl.where(ends_block, token_idx - (BLOCK_SIZE - 1) + slot_offs, -1)
+    near = token_idx - (BLOCK_SIZE - 1) + slot_offs
     near_slot = tl.load(slot_mapping_ptr + near, mask=near >= 0, other=-1)
     now = near_slot == slot - offset + slot_offs
     before = now == 0
     near_ptr = key_ptr + near[:, None] * key_stride_token + head_idx * key_stride_head
     past_ptr = key_cache_ptr + page_offs + slot_offs[:, None] * HEAD_SIZE
-    summary_base = summary_ptr + block_idx * summary_stride_block + head_idx * summary_stride_head
+    mean_ptr = summary_ptr + block_idx * summary_stride_block + head_idx * summary_stride_head
     if HALF > 0:
-        half_offs = tl.arange(0, PAD_HALF)
-        half_mask = half_offs < HALF
-        first_offs = source_channel(half_offs, HALF, INTERLEAVED)
-        second_offs = source_channel(half_offs + HALF, HALF, INTERLEAVED)
-        first = tl.load(row_ptr + first_offs, mask=half_mask, other=0.0).to(tl.float32)
-        second = tl.load(row_ptr + second_offs, mask=half_mask, other=0.0).to(tl.float32)
-        table_ptr = cos_sin_ptr + offset * (2 * HALF) + half_offs
-        cos = tl.load(table_ptr, mask=half_mask, other=0.0)
-        sin = tl.load(table_ptr + HALF, mask=half_mask, other=0.0)
-        out_ptr = key_cache_ptr + page_offs + offset * HEAD_SIZE + half_offs
+        mask = half_mask[None, :]
+        now_mask = now[:, None] & mask
+        past_mask = before[:, None] & mask
+        angle_ptr = cos_sin_ptr + slot_offs[:, None] * (2 * HALF) + half_offs[None, :]
+        cos = tl.load(angle_ptr, mask=mask, other=0.0)
+        sin = tl.load(angle_ptr + HALF, mask=mask, other=0.0)
+        first = tl.load(near_ptr + first_offs[None, :], mask=now_mask, other=0.0).to(tl.float32)
+        second = tl.load(near_ptr + second_offs[None, :], mask=now_mask, other=0.0).to(tl.float32)
+        past = tl.load(past_ptr + half_offs[None, :], mask=past_mask, other=0.0).to(tl.float32)
         turned = (first * cos - second * sin) * key_inverse_scale
-        tl.store(out_ptr, _narrow(turned, LIMIT, cache_dtype), mask=half_mask)
+        turned = _narrow(turned, LIMIT, cache_dtype).to(tl.float32)
+        turned_first = tl.where(now[:, None], turned, past) * key_scale
+        past = tl.load(past_ptr + HALF + half_offs[None, :], mask=past_mask, other=0.0)
         turned = (second * cos + first * sin) * key_inverse_scale
-        tl.store(out_ptr + HALF, _narrow(turned, LIMIT, cache_dtype), mask=half_mask)
-        if ends_block:
-            mask = half_mask[None, :]
-            now_mask = now[:, None] & mask
-            past_mask = before[:, None] & mask
-            cos = tl.load(
-                cos_sin_ptr + slot_offs[:, None] * (2 * HALF) + half_offs[None, :],
-                mask=mask,
-                other=0.0,
-            )
-            sin = tl.load(
-                cos_sin_ptr + slot_offs[:, None] * (2 * HALF) + HALF + half_offs[None, :],
-                mask=mask,
-                other=0.0,
-            )
-            # [BLOCK_SIZE, PAD_HALF]; rounded as the page rounds, whichever step it came in
-            first = tl.load(near_ptr + first_offs[None, :], mask=now_mask, other=0.0)
-            first = first.to(tl.float32)
-            second = tl.load(near_ptr + second_offs[None, :], mask=now_mask, other=0.0)
-            second = second.to(tl.float32)
-            turned_first = (first * cos - second * sin) * key_inverse_scale
-            turned_second = (second * cos + first * sin) * key_inverse_scale
-            turned_first = _narrow(turned_first, LIMIT, cache_dtype).to(tl.float32)
-            turned_second = _narrow(turned_second, LIMIT, cache_dtype).to(tl.float32)
-            past_first = tl.load(past_ptr + half_offs[None, :], mask=past_mask, other=0.0)
-            past_second = tl.load(past_ptr + HALF + half_offs[None, :], mask=past_mask, other=0.0)
-            turned_first = tl.where(now[:, None], turned_first, past_first.to(tl.float32))
-            turned_second = tl.where(now[:, None], turned_second, past_second.to(tl.float32))
-            turned_first *= key_scale
-            turned_second *= key_scale
-            raw_first = turned_first * cos + turned_second * sin
-            raw_second = turned_second * cos - turned_first * sin
-            out_ptr = summary_base + half_offs
-            mean = tl.sum(raw_first, axis=0) / BLOCK_SIZE
-            away = raw_first - mean[None, :]
-            variance = tl.sum(away * away, axis=0) / BLOCK_SIZE
-            tl.store(out_ptr, mean, mask=half_mask)
-            tl.store(out_ptr + HEAD_SIZE, variance, mask=half_mask)
-            mean = tl.sum(raw_second, axis=0) / BLOCK_SIZE
-            away = raw_second - mean[None, :]
-            variance = tl.sum(away * away, axis=0) / BLOCK_SIZE
-            tl.store(out_ptr + HALF, mean, mask=half_mask)
-            tl.store(out_ptr + HEAD_SIZE + HALF, variance, mask=half_mask)
+        turned = _narrow(turned, LIMIT, cache_dtype).to(tl.float32)
+        turned_second = tl.where(now[:, None], turned, past.to(tl.float32)) * key_scale
+        raw = turned_first * cos + turned_second * sin
+        _store_summary(raw, mean_ptr + half_offs, half_mask, HEAD_SIZE, BLOCK_SIZE)
+        raw = turned_second * cos - turned_first * sin
+        _store_summary(raw, mean_ptr + HALF + half_offs, half_mask, HEAD_SIZE, BLOCK_SIZE)
     if 2 * HALF < HEAD_SIZE:
-        rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
-        rest_mask = rest_offs < HEAD_SIZE
-        rest = tl.load(row_ptr + rest_offs, mask=rest_mask, other=0.0).to(tl.float32)
-        tl.store(
-            key_cache_ptr + page_offs + offset * HEAD_SIZE + rest_offs,
-            _narrow(rest * key_inverse_scale, LIMIT, cache_dtype),
-            mask=rest_mask,
-        )
-        if ends_block:
-            mask = rest_mask[None, :]
-            rest = tl.load(near_ptr + rest_offs[None, :], mask=now[:, None] & mask, other=0.0)
-            rest = rest.to(tl.float32) * key_inverse_scale
-            rest = _narrow(rest, LIMIT, cache_dtype).to(tl.float32)
-            past = tl.load(past_ptr + rest_offs[None, :], mask=before[:, None] & mask, other=0.0)
-            rest = tl.where(now[:, None], rest, past.to(tl.float32)) * key_scale
-            mean = tl.sum(rest, axis=0) / BLOCK_SIZE
-            away = rest - mean[None, :]
-            variance = tl.sum(away * away, axis=0) / BLOCK_SIZE
-            tl.store(summary_base + rest_offs, mean, mask=rest_mask)
-            tl.store(summary_base + HEAD_SIZE + rest_offs, variance, mask=rest_mask)
+        mask = rest_mask[None, :]
+        came = tl.load(near_ptr + rest_offs[None, :], mask=now[:, None] & mask, other=0.0)
+        came = _narrow(came.to(tl.float32) * key_inverse_scale, LIMIT, cache_dtype)
+        past = tl.load(past_ptr + rest_offs[None, :], mask=before[:, None] & mask, other=0.0)
+        raw = tl.where(now[:, None], came.to(tl.float32), past.to(tl.float32)) * key_scale
+        _store_summary(raw, mean_ptr + rest_offs, rest_mask, HEAD_SIZE, BLOCK_SIZE)
 
 
 def write_kv(

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "OFFLINE" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from csrc_triton import kernels, reference
@@ -65,7 +65,7 @@ def assert_as_accurate(actual, eager, exact):
     """Same places finite, and an error of the order of the reference's own in that dtype."""
     assert torch.equal(actual.isnan(), exact.isnan())
     actual, eager, exact = (torch.nan_to_num(x.double()) for x in (actual, eager, exact))
-    rounding = 2.0**-8 if eager.dtype == torch.bfloat16 else 2.0**-8
+    rounding = 2.0**-8 if eager.dtype == torch.bfloat16 else 2.0**-10
     allowed = 3 * (eager - exact).norm() + rounding * exact.norm()
     assert (actual - exact).norm() <= allowed
     assert (actual - exact).abs().max() <= 16 * rounding * exact.abs().max()
