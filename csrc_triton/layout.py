@@ -51,6 +51,11 @@ class Scope(NamedTuple):
     dense_blocks: int  # tiles that end within so many blocks attend to everything
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
     window: int = 0  # sliding-window layers: every key of the window, exactly; no recall
+    # With so many blocks before local, a prefill tile takes the softmax's denominator (which only
+    # weighs its rows against each other) from the global blocks and every 8th other.
+    sample_from: int = 2048
+
+    SAMPLE_EVERY = 8
 
     @property
     def max_slots(self) -> int:

@@ -1,7 +1,7 @@
 """recall_blocks: the best blocks in sequence order, without a sort and without the host.
 
-The k-th largest score is found bit by bit (scores are not negative, so their bits order as
-integers). Long rows go through two rounds: the best k runs of 16 blocks hold the best k blocks.
+The k-th largest score is found two bits at a time (scores are not negative, so their bits order as
+integers). Long rows go through two rounds: the best k runs of blocks hold the best k blocks.
 """
 
 import torch
@@ -9,42 +9,85 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RUN = 16
+# Registers of one program hold so many runs, and so many blocks of the best runs.
+MAX_RUNS = 4096
+MIN_RUN = 8
 
 
 @triton.jit
 def _order_key(score):
-    """Non-negative scores as integers of the same order; -1 for what cannot be recalled."""
-    return tl.where(score >= 0, score.to(tl.int32, bitcast=True), -1)
+    """Non-negative scores as 22-bit integers of the same order; -1: cannot be recalled."""
+    return tl.where(score >= 0, score.to(tl.int32, bitcast=True) >> 9, -1)
 
 
 @triton.jit
-def _kth_largest(key, k):
-    """The k-th largest of key, or 0 if fewer than k are positive; and how many are larger."""
+def _take_largest(key, k):
+    """Which of key are the k largest (of equals, the first; never -1), and their places in order."""
     found = 0
-    for bit in range(30, -1, -1):
-        higher = found | (1 << bit)
-        found = tl.where(tl.sum((key >= higher).to(tl.int32)) >= k, higher, found)
-    return found, tl.sum((key > found).to(tl.int32))
+    for step in range(11):
+        unit = 1 << (20 - 2 * step)
+        # three counts below 2^20 in one sum
+        count = tl.sum(
+            (key >= found + unit).to(tl.int64)
+            + ((key >= found + 2 * unit).to(tl.int64) << 20)
+            + ((key >= found + 3 * unit).to(tl.int64) << 40)
+        )
+        digit = ((count & 0xFFFFF) >= k).to(tl.int32)
+        digit += (((count >> 20) & 0xFFFFF) >= k).to(tl.int32)
+        digit += ((count >> 40) >= k).to(tl.int32)
+        found += digit * unit
+    larger = tl.sum((key > found).to(tl.int32))
+    is_equal = (key == found).to(tl.int32)
+    takes = (key > found) | ((is_equal > 0) & (tl.cumsum(is_equal, 0) <= k - larger))
+    return takes, tl.cumsum(takes.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _best_of_runs_kernel(
+    score_ptr,  # [num_tiles, num_kv_heads, n]
+    extent_ptr,  # [num_tiles], or null
+    run_key_ptr,  # [num_tiles, num_kv_heads, num_runs]
+    n,
+    num_runs,
+    two_rounds_from,
+    HAS_EXTENT: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    tile_idx = tl.program_id(0).to(tl.int64)
+    row_idx = tile_idx * tl.num_programs(1) + tl.program_id(1)
+    extent = n
+    if HAS_EXTENT:
+        extent = tl.load(extent_ptr + tile_idx)
+    first_run = tl.program_id(2) * RUNS
+    if (extent <= two_rounds_from) | (first_run * RUN >= extent):
+        return
+    offs = first_run * RUN + tl.arange(0, RUNS * RUN)
+    score = tl.load(score_ptr + row_idx * n + offs, mask=offs < extent, other=-1.0)
+    best = tl.max(tl.reshape(score, [RUNS, RUN]), axis=1)
+    run_offs = first_run + tl.arange(0, RUNS)
+    tl.store(
+        run_key_ptr + row_idx * num_runs + run_offs, _order_key(best), mask=run_offs < num_runs
+    )
 
 
 @triton.jit
 def _recall_blocks_kernel(
     score_ptr,  # [num_tiles, num_kv_heads, n]
-    extent_ptr,  # [num_tiles]: columns of score that count
+    extent_ptr,  # [num_tiles]: columns of score that count; or null
     name_ptr,  # [num_tiles, num_kv_heads, n]: block ids, or null
-    run_key_ptr,  # [num_tiles, num_kv_heads, max_runs] scratch
+    run_key_ptr,  # [num_tiles, num_kv_heads, num_runs]
     run_ptr,  # [num_tiles, num_kv_heads, PAD_RECALLED] scratch
     out_ptr,  # [num_tiles, num_kv_heads, num_recalled]
     n,
-    max_runs,
+    num_runs,
     num_recalled,
     PAD_RECALLED: tl.constexpr,
     HAS_EXTENT: tl.constexpr,
     HAS_NAMES: tl.constexpr,
     TWO_ROUNDS: tl.constexpr,
-    CHUNK: tl.constexpr,
     RUN: tl.constexpr,
+    PAD_RUNS: tl.constexpr,
 ):
     tile_idx = tl.program_id(0).to(tl.int64)
     row_idx = tile_idx * tl.num_programs(1) + tl.program_id(1)
@@ -52,79 +95,45 @@ def _recall_blocks_kernel(
     if HAS_EXTENT:
         extent = tl.load(extent_ptr + tile_idx)
     recalled_offs = tl.arange(0, PAD_RECALLED)
-    out_base = out_ptr + row_idx * num_recalled
+    out_ptr += row_idx * num_recalled
     if extent == 0:
-        tl.store(out_base + recalled_offs, -1, mask=recalled_offs < num_recalled)
+        tl.store(out_ptr + recalled_offs, -1, mask=recalled_offs < num_recalled)
         return
-    score_base = score_ptr + row_idx * n
+    score_ptr += row_idx * n
 
-    element_offs = tl.arange(0, PAD_RECALLED * RUN)
-    column = element_offs
+    column = tl.arange(0, PAD_RECALLED * RUN)
     if TWO_ROUNDS:
         if extent > PAD_RECALLED * RUN:
-            num_runs = tl.cdiv(extent, RUN)
-            key_base = run_key_ptr + row_idx * max_runs
-            for first in range(0, num_runs, CHUNK // RUN):
-                offs = first * RUN + tl.arange(0, CHUNK)
-                score = tl.load(score_base + offs, mask=offs < extent, other=-1.0)
-                best = tl.max(tl.reshape(score, [CHUNK // RUN, RUN]), axis=1)
-                run_offs = first + tl.arange(0, CHUNK // RUN)
-                tl.store(key_base + run_offs, _order_key(best), mask=run_offs < num_runs)
+            run_offs = tl.arange(0, PAD_RUNS)
+            key = tl.load(
+                run_key_ptr + row_idx * num_runs + run_offs,
+                mask=run_offs < tl.cdiv(extent, RUN),
+                other=-1,
+            )
+            takes, place = _take_largest(key, num_recalled)
+            run_ptr += row_idx * PAD_RECALLED
+            tl.store(run_ptr + place, run_offs, mask=takes)
+            taken = tl.sum(takes.to(tl.int32))
             tl.debug_barrier()
+            run = tl.load(run_ptr + column // RUN, mask=column // RUN < taken, other=-1)
+            column = tl.where(run >= 0, run * RUN + column % RUN, extent)
 
-            found = 0
-            for bit in range(30, -1, -1):
-                higher = found | (1 << bit)
-                count = 0
-                for first in range(0, num_runs, CHUNK):
-                    offs = first + tl.arange(0, CHUNK)
-                    key = tl.load(key_base + offs, mask=offs < num_runs, other=-1)
-                    count += tl.sum((key >= higher).to(tl.int32))
-                found = tl.where(count >= num_recalled, higher, found)
-            larger = 0
-            for first in range(0, num_runs, CHUNK):
-                offs = first + tl.arange(0, CHUNK)
-                key = tl.load(key_base + offs, mask=offs < num_runs, other=-1)
-                larger += tl.sum((key > found).to(tl.int32))
-            # Of equal runs take the earliest; runs are written in order.
-            run_base = run_ptr + row_idx * PAD_RECALLED
-            taken = 0
-            equals = 0
-            for first in range(0, num_runs, CHUNK):
-                offs = first + tl.arange(0, CHUNK)
-                key = tl.load(key_base + offs, mask=offs < num_runs, other=-1)
-                is_equal = (key == found).to(tl.int32)
-                rank = equals + tl.cumsum(is_equal, 0)
-                takes = (key > found) | ((is_equal > 0) & (rank <= num_recalled - larger))
-                place = taken + tl.cumsum(takes.to(tl.int32), 0) - 1
-                tl.store(run_base + place, offs, mask=takes)
-                taken += tl.sum(takes.to(tl.int32))
-                equals += tl.sum(is_equal)
-            tl.debug_barrier()
-            run = element_offs // RUN
-            run = tl.load(run_base + run, mask=run < taken, other=-1)
-            column = tl.where(run >= 0, run * RUN + element_offs % RUN, extent)
-
-    score = tl.load(score_base + column, mask=column < extent, other=-1.0)
-    key = _order_key(score)
-    found, larger = _kth_largest(key, num_recalled)
-    is_equal = (key == found).to(tl.int32)
-    rank = tl.cumsum(is_equal, 0)
-    takes = (key > found) | ((is_equal > 0) & (rank <= num_recalled - larger))
-    place = tl.cumsum(takes.to(tl.int32), 0) - 1
+    score = tl.load(score_ptr + column, mask=column < extent, other=-1.0)
+    takes, place = _take_largest(_order_key(score), num_recalled)
     name = column
     if HAS_NAMES:
         name = tl.load(name_ptr + row_idx * n + column, mask=takes, other=-1)
-    tl.store(out_base + place, name, mask=takes)
-    taken = tl.sum(takes.to(tl.int32))
-    behind = (recalled_offs >= taken) & (recalled_offs < num_recalled)
-    tl.store(out_base + recalled_offs, -1, mask=behind)
+    tl.store(out_ptr + place, name, mask=takes)
+    behind = recalled_offs >= tl.sum(takes.to(tl.int32))
+    tl.store(out_ptr + recalled_offs, -1, mask=behind & (recalled_offs < num_recalled))
 
 
 def recall_blocks(
     score: Tensor, num_recalled: int, extent: Tensor | None = None, blocks: Tensor | None = None
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
+
+    Scores count to 14 bits of mantissa: what differs by less is equal.
 
     score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
@@ -133,31 +142,44 @@ def recall_blocks(
     """
     num_tiles, num_kv_heads, n = score.shape
     padded = triton.next_power_of_2(max(num_recalled, 4))
-    two_rounds = blocks is None and n > padded * RUN
-    if blocks is not None and n > padded * RUN:
-        raise ValueError(f"{n} named candidates for {num_recalled} places; at most {padded * RUN}")
-    out = torch.empty(
-        (num_tiles, num_kv_heads, num_recalled), dtype=torch.int32, device=score.device
-    )
-    max_runs = triton.cdiv(n, RUN) if two_rounds else 0
-    run_key = out.new_empty((num_tiles, num_kv_heads, max_runs))
-    run = out.new_empty((num_tiles, num_kv_heads, padded if two_rounds else 0))
-    _recall_blocks_kernel[(num_tiles, num_kv_heads)](
+    run = max(MIN_RUN, triton.next_power_of_2(triton.cdiv(n, MAX_RUNS)))
+    two_rounds = n > padded * run
+    num_runs = triton.cdiv(n, run) if two_rounds else 0
+    grid = (num_tiles, num_kv_heads)
+    device = score.device
+    out = torch.empty((*grid, num_recalled), dtype=torch.int32, device=device)
+    run_key = torch.empty((*grid, num_runs), dtype=torch.int32, device=device)
+    best_runs = torch.empty((*grid, padded if two_rounds else 0), dtype=torch.int32, device=device)
+    if two_rounds:
+        runs = 1024 // run
+        _best_of_runs_kernel[(*grid, triton.cdiv(num_runs, runs))](
+            score,
+            extent,
+            run_key,
+            n,
+            num_runs,
+            padded * run,
+            HAS_EXTENT=extent is not None,
+            RUN=run,
+            RUNS=runs,
+            num_warps=4,
+        )
+    _recall_blocks_kernel[grid](
         score,
         extent,
         blocks,
         run_key,
-        run,
+        best_runs,
         out,
         n,
-        max_runs,
+        num_runs,
         num_recalled,
         PAD_RECALLED=padded,
         HAS_EXTENT=extent is not None,
         HAS_NAMES=blocks is not None,
         TWO_ROUNDS=two_rounds,
-        CHUNK=4096,
-        RUN=RUN,
-        num_warps=8,
+        RUN=run,
+        PAD_RUNS=triton.next_power_of_2(max(num_runs, 1)),
+        num_warps=4 if padded * run <= 1024 else 8 if padded * run <= 8192 else 16,
     )
     return out

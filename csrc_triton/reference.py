@@ -106,7 +106,9 @@ def score_blocks(
                  extent [num_tiles] int32: how many columns of score can matter, 0 for a tile
                  that recalls nothing (kernels leave the columns behind it unwritten);
                  log_mass [num_tiles, num_kv_heads, max_length * group] fp32: log of the softmax's
-                 denominator over all blocks before local; 0 for rows that are not there
+                 denominator over all blocks before local (see Scope.sample_from); 0 for rows that
+                 are not there. A share is m / (denominator + m), so it never passes 1, whatever
+                 the estimates
     """
     num_kv_heads, block_size = pages.key.shape[1:3]
     group = query.shape[1] // num_kv_heads
@@ -123,18 +125,29 @@ def score_blocks(
         summary = _wide(pages.summary[block_table[request, :local].long()]).to(q.dtype)
         mean, variance = summary.permute(2, 1, 3, 0)  # [num_kv_heads, head_size, local]
         mass = q @ mean + (q * q) @ variance / 2 + math.log(block_size)
-        total = mass.logsumexp(dim=-1, keepdim=True)
-        shares = (mass - total).exp().sum(dim=1)
+        total = _log_mass(mass, tiles, scope)
+        shares = (mass - total).sigmoid().sum(dim=1)
         score[tile, :, num_global:local] = shares[:, num_global:]
         extent[tile] = local
         log_mass[tile, :, : length * group] = total[..., 0]
     return score, extent, log_mass
 
 
+def _log_mass(mass: Tensor, tiles: Tiles, scope: Scope) -> Tensor:
+    """log of the softmax's denominator, [..., rows, 1], from log masses [..., rows, blocks]."""
+    num_global, local = scope.global_blocks, mass.shape[-1]
+    if tiles.max_length == 1 or local < scope.sample_from:
+        return mass.logsumexp(dim=-1, keepdim=True)
+    sampled = mass[..., num_global :: scope.SAMPLE_EVERY] + math.log(scope.SAMPLE_EVERY)
+    return torch.cat((mass[..., :num_global], sampled), -1).logsumexp(dim=-1, keepdim=True)
+
+
 def recall_blocks(
     score: Tensor, num_recalled: int, extent: Tensor | None = None, blocks: Tensor | None = None
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
+
+    Scores count to 14 bits of mantissa: what differs by less is equal.
 
     score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
@@ -146,6 +159,7 @@ def recall_blocks(
     if extent is not None:
         columns = torch.arange(n, device=score.device)
         score = score.masked_fill(columns >= extent[:, None, None], -1.0)
+    score = torch.where(score >= 0, score.float().view(torch.int32) >> 9, -1)
     order = score.argsort(dim=-1, descending=True, stable=True)[..., :num_recalled]
     chosen = torch.where(score.gather(-1, order) >= 0, order, n).sort(dim=-1).values
     chosen = torch.nn.functional.pad(chosen, (0, num_recalled - chosen.shape[-1]), value=n)

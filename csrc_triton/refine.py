@@ -39,6 +39,7 @@ def _refine_scores_kernel(
     BLOCK_SIZE: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PAD_HALF: tl.constexpr,
@@ -51,21 +52,24 @@ def _refine_scores_kernel(
     split_idx = tl.program_id(2)
     out_row = tile_idx * tl.num_programs(1) + head_idx
     num_rows = tl.load(length_ptr + tile_idx) * GROUP
-    per_split = tl.cdiv(num_candidates, SPLITS)
+    per_split = tl.cdiv(tl.cdiv(num_candidates, CANDIDATES), SPLITS) * CANDIDATES
     start = split_idx * per_split
     end = tl.minimum(start + per_split, num_candidates)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     first_row = tl.load(row_ptr + tile_idx)
+    candidate_ptr += out_row * num_candidates
+    score_ptr += out_row * num_candidates
+    key_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
 
-    slot_offs = tl.arange(0, BLOCK_SIZE)
+    KEYS: tl.constexpr = CANDIDATES * BLOCK_SIZE
+    candidate_offs = tl.arange(0, CANDIDATES)
+    key_offs = tl.arange(0, KEYS)
+    offset = key_offs % BLOCK_SIZE
     half_offs = tl.arange(0, PAD_HALF)
     half_mask = half_offs < HALF
     rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
     rest_mask = rest_offs < HEAD_SIZE
-    if HALF > 0:
-        angle_ptr = cos_sin_ptr + slot_offs[:, None] * (2 * HALF) + half_offs[None, :]
-        cos = tl.load(angle_ptr, mask=half_mask[None, :], other=0.0)
-        sin = tl.load(angle_ptr + HALF, mask=half_mask[None, :], other=0.0)
+    angle_ptr = cos_sin_ptr + (offset * (2 * HALF))[:, None] + half_offs[None, :]
     for part in tl.static_range(ROW_PARTS):
         row_offs = part * ROWS + tl.arange(0, ROWS)
         row_mask = row_offs < num_rows
@@ -88,36 +92,47 @@ def _refine_scores_kernel(
         if 2 * HALF < HEAD_SIZE:
             mask = row_mask[:, None] & rest_mask[None, :]
             query_rest = tl.load(query_row_ptr + rest_offs[None, :], mask=mask, other=0.0)
-        for index in tl.range(start, end, num_stages=STAGES):
-            candidate = tl.load(candidate_ptr + out_row * num_candidates + index)
-            page = tl.load(table_ptr + tl.maximum(candidate, 0)).to(tl.int64)
-            key_ptr = key_cache_ptr + page * cache_stride_block + head_idx * cache_stride_head
-            key_ptr = key_ptr + slot_offs[:, None] * HEAD_SIZE
-            logits = tl.zeros([ROWS, BLOCK_SIZE], tl.float32)
+        for first_candidate in tl.range(start, end, CANDIDATES, num_stages=STAGES):
+            index = first_candidate + key_offs // BLOCK_SIZE
+            named = tl.load(candidate_ptr + index, mask=index < end, other=-1)
+            page = tl.load(table_ptr + named, mask=named >= 0, other=0).to(tl.int64)
+            key_row = page * cache_stride_block + offset * HEAD_SIZE
+            here = named >= 0
             if HALF > 0:
-                key = tl.load(key_ptr + half_offs[None, :], mask=half_mask[None, :], other=0.0)
-                first = key.to(tl.float32)
-                key = tl.load(
-                    key_ptr + HALF + half_offs[None, :], mask=half_mask[None, :], other=0.0
-                )
-                second = key.to(tl.float32)
+                key_mask = here[:, None] & half_mask[None, :]
+                key_ptr = key_cache_ptr + key_row[:, None] + half_offs[None, :]
+                first = tl.load(key_ptr, mask=key_mask, other=0.0).to(tl.float32)
+                second = tl.load(key_ptr + HALF, mask=key_mask, other=0.0).to(tl.float32)
+                cos = tl.load(angle_ptr, mask=half_mask[None, :], other=0.0)
+                sin = tl.load(angle_ptr + HALF, mask=half_mask[None, :], other=0.0)
                 raw_first = (first * cos + second * sin).to(query_first.dtype)
                 raw_second = (second * cos - first * sin).to(query_first.dtype)
-                logits = tl.dot(query_first, tl.trans(raw_first), logits)
+                logits = tl.dot(query_first, tl.trans(raw_first))
                 logits = tl.dot(query_second, tl.trans(raw_second), logits)
             if 2 * HALF < HEAD_SIZE:
-                rest = tl.load(key_ptr + rest_offs[None, :], mask=rest_mask[None, :], other=0.0)
-                logits = tl.dot(query_rest, tl.trans(rest.to(query_rest.dtype)), logits)
-            logits = logits * scale
+                rest = tl.load(
+                    key_cache_ptr + key_row[:, None] + rest_offs[None, :],
+                    mask=here[:, None] & rest_mask[None, :],
+                    other=0.0,
+                ).to(query_rest.dtype)
+                if HALF > 0:
+                    logits = tl.dot(query_rest, tl.trans(rest), logits)
+                else:
+                    logits = tl.dot(query_rest, tl.trans(rest))
             if HAS_CAP:
-                logits = cap_logits(logits, soft_cap)
-            weight = tl.exp2(tl.minimum(logits * LOG2E - log_mass[:, None], 80.0))
-            odds = tl.sum(weight, axis=1)
-            score = tl.sum(tl.where(row_mask, odds / (1.0 + odds), 0.0))
+                logits = cap_logits(logits * scale, soft_cap) * LOG2E
+            else:
+                logits = logits * (scale * LOG2E)
+            weight = tl.exp2(tl.minimum(logits - log_mass[:, None], 80.0))
+            odds = tl.sum(tl.reshape(weight, [ROWS, CANDIDATES, BLOCK_SIZE]), axis=2)
+            score = tl.sum(tl.where(row_mask[:, None], odds / (1.0 + odds), 0.0), axis=0)
+            out_offs = first_candidate + candidate_offs
+            out_mask = out_offs < end
+            candidate = tl.load(candidate_ptr + out_offs, mask=out_mask, other=-1)
             if part > 0:
-                score += tl.load(score_ptr + out_row * num_candidates + index)
+                score += tl.load(score_ptr + out_offs, mask=out_mask, other=0.0)
             score = tl.where((candidate >= 0) & (num_rows > 0), score, -1.0)
-            tl.store(score_ptr + out_row * num_candidates + index, score)
+            tl.store(score_ptr + out_offs, score, mask=out_mask)
 
 
 def refine_scores(
@@ -143,7 +158,10 @@ def refine_scores(
     num_tiles, _, num_candidates = candidates.shape
     max_rows = tiles.max_length * group
     rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
-    splits = min(math.ceil(num_candidates / 4), max(1, 1056 // (num_tiles * num_kv_heads)))
+    keys, warps, stages = _tile_sizes(rows, head_size)
+    at_once = max(keys // block_size, 1)
+    splits = max(1, 1056 // (num_tiles * num_kv_heads))
+    splits = min(math.ceil(num_candidates / at_once), splits)
     score = torch.empty(candidates.shape, dtype=torch.float32, device=query.device)
     _refine_scores_kernel[(num_tiles, num_kv_heads, splits)](
         query,
@@ -170,11 +188,19 @@ def refine_scores(
         BLOCK_SIZE=block_size,
         MAX_ROWS=max_rows,
         ROWS=rows,
+        CANDIDATES=at_once,
         SPLITS=splits,
         HAS_CAP=soft_cap > 0,
         PAD_HALF=max(triton.next_power_of_2(rotary.half), 16),
         PAD_REST=max(triton.next_power_of_2(head_size - 2 * rotary.half), 16),
-        STAGES=3 if rows <= 16 else 2,
-        num_warps=4 if rows <= 64 else 8,
+        STAGES=stages,
+        num_warps=warps,
     )
     return score
+
+
+def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
+    """Keys per step, warps and stages, from a sweep on an H200."""
+    if head_size > 128:
+        return 32, 4 if rows <= 64 else 8, 2
+    return (128, 4, 2) if rows <= 16 else (64, 8 if rows > 64 else 4, 2)

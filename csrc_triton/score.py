@@ -1,8 +1,9 @@
 """score_blocks: each block's share of the position-free softmax, from its summary alone.
 
-Two passes, because a share needs its row's denominator. Decode keeps the first pass's log-mass
-(one read of the summaries, which are its whole cost); prefill computes it twice (writing it would
-cost more than multiplying again).
+Two passes, because a share needs its row's denominator. Decode keeps the first pass's log-mass:
+reading the summaries is its whole cost. Prefill, bound by the product itself, takes the
+denominator of a long context from every 8th block (it only weighs rows against each other) and
+multiplies once in full.
 """
 
 import math
@@ -111,6 +112,8 @@ def _sum_mass_kernel(
     BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
     KEEPS_MASS: tl.constexpr,
+    SAMPLE_FROM: tl.constexpr,
+    SAMPLE_EVERY: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -133,15 +136,20 @@ def _sum_mass_kernel(
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     out_row = tile_idx * tl.num_programs(1) + head_idx
 
+    every = 1
+    if not KEEPS_MASS:
+        every = tl.where(local >= SAMPLE_FROM, SAMPLE_EVERY, 1)
+    count = GLOBAL + tl.cdiv(local - GLOBAL, every)
     # BLOCKS at a time, split so that every program starts on a multiple
-    per_split = tl.cdiv(tl.cdiv(local, BLOCKS), SPLITS) * BLOCKS
+    per_split = tl.cdiv(tl.cdiv(count, BLOCKS), SPLITS) * BLOCKS
     start = split_idx * per_split
-    end = tl.minimum(start + per_split, local)
+    end = tl.minimum(start + per_split, count)
     best = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for first in tl.range(start, end, BLOCKS, num_stages=STAGES):
-        block_offs = first + tl.arange(0, BLOCKS)
-        block_mask = block_offs < end
+        index = first + tl.arange(0, BLOCKS)
+        block_mask = index < end
+        block_offs = tl.where(index < GLOBAL, index, GLOBAL + (index - GLOBAL) * every)
         mass = _log_mass(
             query, square, summary_ptr, table_ptr, head_idx, block_offs, block_mask, scale,
             summary_stride_block, summary_stride_head, HEAD_SIZE, BLOCK_SIZE, PAD_HEAD,
@@ -149,6 +157,9 @@ def _sum_mass_kernel(
         if KEEPS_MASS:
             at = (out_row * GROUP + row_offs)[:, None] * max_blocks + block_offs[None, :]
             tl.store(mass_ptr + at, mass, mask=(row_offs < num_rows)[:, None] & block_mask[None, :])
+        else:
+            stands_for = tl.where(index < GLOBAL, 1, every).to(tl.float32)
+            mass += tl.log2(stands_for)[None, :]
         new_best = tl.maximum(best, tl.max(mass, axis=1))
         total = total * tl.exp2(best - new_best)
         total += tl.sum(tl.exp2(mass - new_best[:, None]), axis=1)
@@ -263,8 +274,8 @@ def _share_mass_kernel(
                     scale, summary_stride_block, summary_stride_head,
                     HEAD_SIZE, BLOCK_SIZE, PAD_HEAD,
                 )  # fmt: skip
-            share = tl.where(row_mask[:, None], tl.exp2(mass - total[:, None]), 0.0)
-            share = tl.sum(share, axis=0)
+            odds = tl.exp2(tl.minimum(mass - total[:, None], 80.0))
+            share = tl.sum(tl.where(row_mask[:, None], odds / (1.0 + odds), 0.0), axis=0)
             at = score_ptr + out_row * max_blocks + block_offs
             if part > 0:
                 share += tl.load(at, mask=block_mask, other=0.0)
@@ -331,8 +342,9 @@ def score_blocks(
     }
     row_parts = math.ceil(max_rows / rows)
     _sum_mass_kernel[(num_tiles * row_parts, num_kv_heads, splits)](
-        *tensors, *numbers, **fixed, BLOCKS=blocks, SPLITS=splits, num_warps=warps
-    )
+        *tensors, *numbers, **fixed, BLOCKS=blocks, SPLITS=splits,
+        SAMPLE_FROM=scope.sample_from, SAMPLE_EVERY=Scope.SAMPLE_EVERY, num_warps=warps,
+    )  # fmt: skip
     share_splits, share_blocks = (splits, blocks)
     if keeps_mass:
         share_blocks = 256
@@ -349,7 +361,7 @@ def _tile_sizes(rows: int, head_size: int, keeps_mass: bool) -> tuple[int, int, 
     """Blocks per step, warps, stages, and programs to aim at."""
     if keeps_mass:
         return 32, 4, 3, 528
-    return (64 if head_size <= 128 else 32), 8 if rows > 64 else 4, 2, 264
+    return (64 if head_size <= 128 else 32), 8 if rows > 64 else 4, 3, 264
 
 
 def _splits(programs: int, wanted: int) -> int:

@@ -25,11 +25,13 @@ DECODE = [
     Case(contexts=(300, 40), scope=Scope(0, 0, 0, 0, 0, window=50), sinks=True),
     Case(contexts=(300,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(700,), scope=Scope(2, 3, 2, 20, 9), block_size=16),
+    Case(contexts=(260,), rotary_dim=0, head_size=40),
 ]
 PREFILL = [
     Case(contexts=(300, 17, 160), queries=(37, 17, 1)),
     Case(contexts=(200, 333), queries=(20, 65), heads=(6, 1), block_size=32,
          scope=Scope(1, 3, 2, 6, 6)),
+    Case(contexts=(600,), queries=(20,), scope=Scope(2, 4, 2, 8, 8, sample_from=30)),
     Case(contexts=(257,), queries=(30,), heads=(3, 3), head_size=80, rotary_dim=32,
          interleaved=True),
     Case(contexts=(300, 129), queries=(16, 90), head_size=96, query_scale=1.4, sinks=True),
@@ -152,7 +154,9 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("n,k", [(5, 9), (40, 7), (200, 4), (1500, 12), (5000, 60), (20000, 127)])
+@pytest.mark.parametrize(
+    "n,k", [(5, 9), (40, 7), (200, 4), (1500, 12), (5000, 60), (20000, 127), (9000, 508)]
+)
 def test_recall_blocks(kind, n, k):
     score = ROWS[kind](torch.Generator().manual_seed(n), n).to(DEVICE)
     extent = torch.tensor([n, 0, n - n // 3], dtype=torch.int32, device=DEVICE)
