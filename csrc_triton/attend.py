@@ -19,43 +19,65 @@ from csrc_triton.primitives import LOG2E, cap_logits, source_channel, tile_slots
 def _attend_keys(
     best, total, acc,
     query_first, query_second, query_rest,
-    first_key, last_key, position, first_unwritten,
+    first_key, last_key, own, position, first_unwritten,
     num_global, num_recalled, local,
     table_ptr, recalled_ptr, cos_sin_ptr, key_cache_ptr, value_cache_ptr,
     scale, soft_cap, cache_stride_block,
     HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr, PAD_HALF: tl.constexpr,
+    HAS_CAP: tl.constexpr, TURNS_QUERY: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr, PAD_HALF: tl.constexpr,
     PAD_REST: tl.constexpr, PAD_HEAD: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax: KEYS keys of the scope, from first_key on."""
-    key_offs = first_key + tl.arange(0, KEYS)
-    inside = key_offs < last_key
-    slot = key_offs // BLOCK_SIZE
-    offset = key_offs % BLOCK_SIZE
+    SLOTS: tl.constexpr = KEYS // BLOCK_SIZE
+    slot = first_key // BLOCK_SIZE + tl.arange(0, SLOTS)
+    here = slot * BLOCK_SIZE < last_key
     is_recalled = (slot >= num_global) & (slot < num_global + num_recalled)
-    named = tl.load(recalled_ptr + slot - num_global, mask=is_recalled & inside, other=0)
+    named = tl.load(recalled_ptr + slot - num_global, mask=is_recalled & here, other=0)
     block = tl.where(slot < num_global, slot, local + slot - num_global - num_recalled)
     block = tl.where(is_recalled, named, block)
-    page = tl.load(table_ptr + block, mask=inside, other=0).to(tl.int64)
-    row = page * cache_stride_block + offset * HEAD_SIZE
+    page = tl.load(table_ptr + block, mask=here, other=0).to(tl.int64) * cache_stride_block
+    # a tile of keys is [SLOTS, BLOCK_SIZE, channels]: a slot has one angle per channel
+    offset = tl.arange(0, BLOCK_SIZE)
+    row = page[:, None] + (offset * HEAD_SIZE)[None, :]
+    inside = tl.broadcast_to(here[:, None], [SLOTS, BLOCK_SIZE])
+    key_row = tl.reshape(row, [KEYS])
+    key_inside = tl.reshape(inside, [KEYS])
     if HALF > 0:
         half_offs = tl.arange(0, PAD_HALF)
-        mask = inside[:, None] & (half_offs < HALF)[None, :]
-        key_ptr = key_cache_ptr + row[:, None] + half_offs[None, :]
-        angle_ptr = cos_sin_ptr + (slot * (BLOCK_SIZE * 2 * HALF))[:, None] + half_offs[None, :]
-        first = tl.load(key_ptr, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(key_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
-        cos = tl.load(angle_ptr, mask=mask, other=0.0)
-        sin = tl.load(angle_ptr + HALF, mask=mask, other=0.0)
-        turned_first = (first * cos - second * sin).to(dtype)
-        turned_second = (second * cos + first * sin).to(dtype)
-        logits = tl.dot(query_first, tl.trans(turned_first))
-        logits = tl.dot(query_second, tl.trans(turned_second), logits)
+        half_mask = (half_offs < HALF)[None, None, :]
+        mask = inside[:, :, None] & half_mask
+        key_ptr = key_cache_ptr + row[:, :, None] + half_offs[None, None, :]
+        angle_ptr = cos_sin_ptr + (slot * (BLOCK_SIZE * 2 * HALF))[:, None, None]
+        angle_ptr = angle_ptr + half_offs[None, None, :]
+        angle_mask = here[:, None, None] & half_mask
+        first = tl.load(key_ptr, mask=mask, other=0.0)
+        second = tl.load(key_ptr + HALF, mask=mask, other=0.0)
+        if TURNS_QUERY:  # by what lies between its slot and this one; keys stay as they are
+            angle_ptr = cos_sin_ptr + (own - first_key) * (2 * HALF) + half_offs
+            cos = tl.load(angle_ptr, mask=half_offs < HALF, other=0.0)[None, :]
+            sin = tl.load(angle_ptr + HALF, mask=half_offs < HALF, other=0.0)[None, :]
+            turned_first = (query_first * cos - query_second * sin).to(dtype)
+            turned_second = (query_second * cos + query_first * sin).to(dtype)
+            first = tl.reshape(first.to(dtype), [KEYS, PAD_HALF])
+            second = tl.reshape(second.to(dtype), [KEYS, PAD_HALF])
+            logits = tl.dot(turned_first, tl.trans(first))
+            logits = tl.dot(turned_second, tl.trans(second), logits)
+        else:
+            wide_first = first.to(tl.float32)
+            wide_second = second.to(tl.float32)
+            cos = tl.load(angle_ptr, mask=angle_mask, other=0.0)
+            sin = tl.load(angle_ptr + HALF, mask=angle_mask, other=0.0)
+            turned_first = (wide_first * cos - wide_second * sin).to(dtype)
+            turned_second = (wide_second * cos + wide_first * sin).to(dtype)
+            turned_first = tl.reshape(turned_first, [KEYS, PAD_HALF])
+            turned_second = tl.reshape(turned_second, [KEYS, PAD_HALF])
+            logits = tl.dot(query_first, tl.trans(turned_first))
+            logits = tl.dot(query_second, tl.trans(turned_second), logits)
     if 2 * HALF < HEAD_SIZE:
         rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
-        rest_mask = inside[:, None] & (rest_offs < HEAD_SIZE)[None, :]
+        rest_mask = key_inside[:, None] & (rest_offs < HEAD_SIZE)[None, :]
         rest = tl.load(
-            key_cache_ptr + row[:, None] + rest_offs[None, :], mask=rest_mask, other=0.0
+            key_cache_ptr + key_row[:, None] + rest_offs[None, :], mask=rest_mask, other=0.0
         ).to(dtype)
         if HALF > 0:
             logits = tl.dot(query_rest, tl.trans(rest), logits)
@@ -66,21 +88,21 @@ def _attend_keys(
     else:
         logits = logits * (scale * LOG2E)
     # A page's unwritten rows may hold anything, nan too: keep them out of the products.
-    value_mask = inside
+    value_mask = key_inside
     if MASKED:
-        key_at = block * BLOCK_SIZE + offset
-        seen = inside[None, :] & (key_at[None, :] <= position[:, None])
+        key_at = tl.reshape(block[:, None] * BLOCK_SIZE + offset[None, :], [KEYS])
+        seen = key_inside[None, :] & (key_at[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (key_at[None, :] > position[:, None] - WINDOW)
         logits = tl.where(seen, logits, float("-inf"))
-        value_mask = inside & (key_at < first_unwritten)
+        value_mask = key_inside & (key_at < first_unwritten)
     new_best = tl.maximum(best, tl.max(logits, axis=1))
     weight = tl.exp2(logits - new_best[:, None])
     rescale = tl.exp2(best - new_best)
     total = total * rescale + tl.sum(weight, axis=1)
     head_offs = tl.arange(0, PAD_HEAD)
     value = tl.load(
-        value_cache_ptr + row[:, None] + head_offs[None, :],
+        value_cache_ptr + key_row[:, None] + head_offs[None, :],
         mask=value_mask[:, None] & (head_offs < HEAD_SIZE)[None, :],
         other=0.0,
     )
@@ -131,6 +153,7 @@ def _attend_scope_kernel(
     SPLITS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    TURNS_QUERY: tl.constexpr,
     PAD_HALF: tl.constexpr,
     PAD_REST: tl.constexpr,
     PAD_HEAD: tl.constexpr,
@@ -155,6 +178,7 @@ def _attend_scope_kernel(
     )
     num_slots = num_global + num_recalled + block_idx - local + 1
     position = first_position + row_offs // GROUP
+    own = (num_slots - 1) * BLOCK_SIZE + first_position % BLOCK_SIZE
     dtype: tl.constexpr = query_ptr.dtype.element_ty
 
     row = (tl.load(row_ptr + tile_idx) + row_offs // GROUP).to(tl.int64)
@@ -170,12 +194,16 @@ def _attend_scope_kernel(
         first = tl.load(query_row_ptr + at, mask=mask, other=0.0).to(tl.float32) * query_scale
         at = source_channel(half_offs + HALF, HALF, INTERLEAVED)[None, :]
         second = tl.load(query_row_ptr + at, mask=mask, other=0.0).to(tl.float32) * query_scale
-        own = (num_slots - 1) * BLOCK_SIZE + position % BLOCK_SIZE
-        angle_ptr = cos_sin_ptr + (own * (2 * HALF))[:, None] + half_offs[None, :]
-        cos = tl.load(angle_ptr, mask=mask, other=0.0)
-        sin = tl.load(angle_ptr + HALF, mask=mask, other=0.0)
-        query_first = (first * cos - second * sin).to(dtype)
-        query_second = (second * cos + first * sin).to(dtype)
+        if TURNS_QUERY:
+            query_first = first
+            query_second = second
+        else:
+            turn = (num_slots - 1) * BLOCK_SIZE + position % BLOCK_SIZE
+            angle_ptr = cos_sin_ptr + (turn * (2 * HALF))[:, None] + half_offs[None, :]
+            cos = tl.load(angle_ptr, mask=mask, other=0.0)
+            sin = tl.load(angle_ptr + HALF, mask=mask, other=0.0)
+            query_first = (first * cos - second * sin).to(dtype)
+            query_second = (second * cos + first * sin).to(dtype)
     if 2 * HALF < HEAD_SIZE:
         rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
         mask = row_mask[:, None] & (rest_offs < HEAD_SIZE)[None, :]
@@ -201,19 +229,19 @@ def _attend_scope_kernel(
     for first_key in tl.range(start, plain_end, KEYS, num_stages=STAGES):
         best, total, acc = _attend_keys(
             best, total, acc, query_first, query_second, query_rest,
-            first_key, end, position, first_position + length, num_global, num_recalled, local,
+            first_key, end, own, position, first_position + length, num_global, num_recalled, local,
             table_ptr, recalled_ptr, cos_sin_ptr, key_cache_ptr, value_cache_ptr,
             scale, soft_cap, cache_stride_block,
-            HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, False, KEYS,
+            HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, TURNS_QUERY, False, KEYS,
             PAD_HALF, PAD_REST, PAD_HEAD, dtype,
         )  # fmt: skip
     for first_key in tl.range(tl.maximum(start, plain_end), end, KEYS, num_stages=1):
         best, total, acc = _attend_keys(
             best, total, acc, query_first, query_second, query_rest,
-            first_key, end, position, first_position + length, num_global, num_recalled, local,
+            first_key, end, own, position, first_position + length, num_global, num_recalled, local,
             table_ptr, recalled_ptr, cos_sin_ptr, key_cache_ptr, value_cache_ptr,
             scale, soft_cap, cache_stride_block,
-            HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, True, KEYS,
+            HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, TURNS_QUERY, True, KEYS,
             PAD_HALF, PAD_REST, PAD_HEAD, dtype,
         )  # fmt: skip
 
@@ -313,6 +341,7 @@ def attend(
     rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
     row_parts = math.ceil(max_rows / rows)
     keys, warps, stages = _tile_sizes(rows, head_size)
+    keys = max(keys, block_size)
     splits = 1
     if tiles.max_length == 1:
         programs = num_tiles * num_kv_heads * row_parts
@@ -361,6 +390,7 @@ def attend(
         SPLITS=splits,
         HAS_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
+        TURNS_QUERY=tiles.max_length == 1 and keys == block_size,
         PAD_HALF=max(triton.next_power_of_2(rotary.half), 16),
         PAD_REST=max(triton.next_power_of_2(head_size - 2 * rotary.half), 16),
         PAD_HEAD=triton.next_power_of_2(head_size),
@@ -392,4 +422,4 @@ def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
     """Keys per step, warps and stages, from a sweep on an H200."""
     if head_size > 128:
         return 32, 4 if rows <= 64 else 8, 2
-    return 64, 4 if rows <= 64 else 8, 3 if rows <= 16 else 2
+    return (32, 4, 3) if rows <= 16 else (64, 4 if rows <= 64 else 8, 1)

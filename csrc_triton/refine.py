@@ -61,15 +61,18 @@ def _refine_scores_kernel(
     score_ptr += out_row * num_candidates
     key_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
 
+    # a tile of keys is [CANDIDATES, BLOCK_SIZE, channels]
     KEYS: tl.constexpr = CANDIDATES * BLOCK_SIZE
     candidate_offs = tl.arange(0, CANDIDATES)
-    key_offs = tl.arange(0, KEYS)
-    offset = key_offs % BLOCK_SIZE
+    offset = tl.arange(0, BLOCK_SIZE)
     half_offs = tl.arange(0, PAD_HALF)
     half_mask = half_offs < HALF
     rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
     rest_mask = rest_offs < HEAD_SIZE
-    angle_ptr = cos_sin_ptr + (offset * (2 * HALF))[:, None] + half_offs[None, :]
+    if HALF > 0:
+        angle_ptr = cos_sin_ptr + (offset * (2 * HALF))[None, :, None] + half_offs[None, None, :]
+        cos = tl.load(angle_ptr, mask=half_mask[None, None, :], other=0.0)
+        sin = tl.load(angle_ptr + HALF, mask=half_mask[None, None, :], other=0.0)
     for part in tl.static_range(ROW_PARTS):
         row_offs = part * ROWS + tl.arange(0, ROWS)
         row_mask = row_offs < num_rows
@@ -93,28 +96,30 @@ def _refine_scores_kernel(
             mask = row_mask[:, None] & rest_mask[None, :]
             query_rest = tl.load(query_row_ptr + rest_offs[None, :], mask=mask, other=0.0)
         for first_candidate in tl.range(start, end, CANDIDATES, num_stages=STAGES):
-            index = first_candidate + key_offs // BLOCK_SIZE
-            named = tl.load(candidate_ptr + index, mask=index < end, other=-1)
-            page = tl.load(table_ptr + named, mask=named >= 0, other=0).to(tl.int64)
-            key_row = page * cache_stride_block + offset * HEAD_SIZE
-            here = named >= 0
+            out_offs = first_candidate + candidate_offs
+            out_mask = out_offs < end
+            candidate = tl.load(candidate_ptr + out_offs, mask=out_mask, other=-1)
+            here = candidate >= 0
+            page = tl.load(table_ptr + candidate, mask=here, other=0).to(tl.int64)
+            key_row = (page * cache_stride_block)[:, None] + (offset * HEAD_SIZE)[None, :]
             if HALF > 0:
-                key_mask = here[:, None] & half_mask[None, :]
-                key_ptr = key_cache_ptr + key_row[:, None] + half_offs[None, :]
+                key_mask = here[:, None, None] & half_mask[None, None, :]
+                key_ptr = key_cache_ptr + key_row[:, :, None] + half_offs[None, None, :]
                 first = tl.load(key_ptr, mask=key_mask, other=0.0).to(tl.float32)
                 second = tl.load(key_ptr + HALF, mask=key_mask, other=0.0).to(tl.float32)
-                cos = tl.load(angle_ptr, mask=half_mask[None, :], other=0.0)
-                sin = tl.load(angle_ptr + HALF, mask=half_mask[None, :], other=0.0)
                 raw_first = (first * cos + second * sin).to(query_first.dtype)
+                raw_first = tl.reshape(raw_first, [KEYS, PAD_HALF])
                 raw_second = (second * cos - first * sin).to(query_first.dtype)
+                raw_second = tl.reshape(raw_second, [KEYS, PAD_HALF])
                 logits = tl.dot(query_first, tl.trans(raw_first))
                 logits = tl.dot(query_second, tl.trans(raw_second), logits)
             if 2 * HALF < HEAD_SIZE:
                 rest = tl.load(
-                    key_cache_ptr + key_row[:, None] + rest_offs[None, :],
-                    mask=here[:, None] & rest_mask[None, :],
+                    key_cache_ptr + key_row[:, :, None] + rest_offs[None, None, :],
+                    mask=here[:, None, None] & rest_mask[None, None, :],
                     other=0.0,
                 ).to(query_rest.dtype)
+                rest = tl.reshape(rest, [KEYS, PAD_REST])
                 if HALF > 0:
                     logits = tl.dot(query_rest, tl.trans(rest), logits)
                 else:
@@ -126,9 +131,6 @@ def _refine_scores_kernel(
             weight = tl.exp2(tl.minimum(logits - log_mass[:, None], 80.0))
             odds = tl.sum(tl.reshape(weight, [ROWS, CANDIDATES, BLOCK_SIZE]), axis=2)
             score = tl.sum(tl.where(row_mask[:, None], odds / (1.0 + odds), 0.0), axis=0)
-            out_offs = first_candidate + candidate_offs
-            out_mask = out_offs < end
-            candidate = tl.load(candidate_ptr + out_offs, mask=out_mask, other=-1)
             if part > 0:
                 score += tl.load(score_ptr + out_offs, mask=out_mask, other=0.0)
             score = tl.where((candidate >= 0) & (num_rows > 0), score, -1.0)
