@@ -16,57 +16,101 @@ from csrc_triton.primitives import LOG2E, cap_logits, source_channel, tile_slots
 
 
 @triton.jit
-def _attend_keys(
-    best, total, acc,
-    query_first, query_second, query_rest,
-    first_key, last_key, own, position, first_unwritten,
-    num_global, num_recalled, local,
-    table_ptr, recalled_ptr, cos_sin_ptr, key_cache_ptr, value_cache_ptr,
-    scale, soft_cap, cache_stride_block,
-    HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, TURNS_QUERY: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr, PAD_HALF: tl.constexpr,
-    PAD_REST: tl.constexpr, PAD_HEAD: tl.constexpr, dtype: tl.constexpr,
+def _find_pages(
+    first_key, last_key, num_global, num_recalled, local, recalled_ptr, table_ptr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax: KEYS keys of the scope, from first_key on."""
-    SLOTS: tl.constexpr = KEYS // BLOCK_SIZE
-    slot = first_key // BLOCK_SIZE + tl.arange(0, SLOTS)
+    """Blocks and pages of the slots from first_key on; page 0 behind last_key."""
+    slot = first_key // BLOCK_SIZE + tl.arange(0, KEYS // BLOCK_SIZE)
     here = slot * BLOCK_SIZE < last_key
     is_recalled = (slot >= num_global) & (slot < num_global + num_recalled)
     named = tl.load(recalled_ptr + slot - num_global, mask=is_recalled & here, other=0)
     block = tl.where(slot < num_global, slot, local + slot - num_global - num_recalled)
     block = tl.where(is_recalled, named, block)
-    page = tl.load(table_ptr + block, mask=here, other=0).to(tl.int64) * cache_stride_block
-    # a tile of keys is [SLOTS, BLOCK_SIZE, channels]: a slot has one angle per channel
+    return block, tl.load(table_ptr + block, mask=here, other=0)
+
+
+@triton.jit
+def _load_keys(
+    page, key_cache_ptr, cache_stride_block,
+    HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    PAD_HALF: tl.constexpr, PAD_REST: tl.constexpr,
+):  # fmt: skip
+    """The three parts of KEYS keys: [slots, block_size, channels] where they turn, else [KEYS, .]."""
     offset = tl.arange(0, BLOCK_SIZE)
-    row = page[:, None] + (offset * HEAD_SIZE)[None, :]
-    inside = tl.broadcast_to(here[:, None], [SLOTS, BLOCK_SIZE])
-    key_row = tl.reshape(row, [KEYS])
-    key_inside = tl.reshape(inside, [KEYS])
+    row = (page.to(tl.int64) * cache_stride_block)[:, None] + (offset * HEAD_SIZE)[None, :]
+    first = 0.0
+    second = 0.0
+    rest = 0.0
     if HALF > 0:
         half_offs = tl.arange(0, PAD_HALF)
-        half_mask = (half_offs < HALF)[None, None, :]
-        mask = inside[:, :, None] & half_mask
         key_ptr = key_cache_ptr + row[:, :, None] + half_offs[None, None, :]
-        angle_ptr = cos_sin_ptr + (slot * (BLOCK_SIZE * 2 * HALF))[:, None, None]
-        angle_ptr = angle_ptr + half_offs[None, None, :]
-        angle_mask = here[:, None, None] & half_mask
-        first = tl.load(key_ptr, mask=mask, other=0.0)
-        second = tl.load(key_ptr + HALF, mask=mask, other=0.0)
+        if HALF == PAD_HALF:
+            first = tl.load(key_ptr)
+            second = tl.load(key_ptr + HALF)
+        else:
+            mask = (half_offs < HALF)[None, None, :]
+            first = tl.load(key_ptr, mask=mask, other=0.0)
+            second = tl.load(key_ptr + HALF, mask=mask, other=0.0)
+    if 2 * HALF < HEAD_SIZE:
+        rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
+        rest = tl.load(
+            key_cache_ptr + tl.reshape(row, [KEYS])[:, None] + rest_offs[None, :],
+            mask=(rest_offs < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+    return first, second, rest
+
+
+@triton.jit
+def _attend_keys(
+    best, total, acc, query_first, query_second, query_rest, first, second, rest, block, page,
+    first_key, last_key, own, position, first_unwritten, cos_sin_ptr, value_cache_ptr,
+    scale, soft_cap, cache_stride_block,
+    HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, TURNS_QUERY: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr,
+    PAD_HALF: tl.constexpr, PAD_HEAD: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax: KEYS keys of the scope, from first_key on."""
+    SLOTS: tl.constexpr = KEYS // BLOCK_SIZE
+    offset = tl.arange(0, BLOCK_SIZE)
+    row = (page.to(tl.int64) * cache_stride_block)[:, None] + (offset * HEAD_SIZE)[None, :]
+    head_offs = tl.arange(0, PAD_HEAD)
+    value_ptr = value_cache_ptr + tl.reshape(row, [KEYS])[:, None] + head_offs[None, :]
+    key_at = tl.reshape(block[:, None] * BLOCK_SIZE + offset[None, :], [KEYS])
+    inside = first_key + tl.arange(0, KEYS) < last_key
+    if MASKED:
+        # A page's unwritten rows may hold anything, nan too: keep them out of the product.
+        written = inside & (key_at < first_unwritten)
+        value_mask = written[:, None] & (head_offs < HEAD_SIZE)[None, :]
+        value = tl.load(value_ptr, mask=value_mask, other=0.0)
+    elif HEAD_SIZE == PAD_HEAD:
+        value = tl.load(value_ptr)
+    else:
+        value = tl.load(value_ptr, mask=(head_offs < HEAD_SIZE)[None, :], other=0.0)
+
+    if HALF > 0:
+        half_offs = tl.arange(0, PAD_HALF)
+        half_mask = half_offs < HALF
         if TURNS_QUERY:  # by what lies between its slot and this one; keys stay as they are
             angle_ptr = cos_sin_ptr + (own - first_key) * (2 * HALF) + half_offs
-            cos = tl.load(angle_ptr, mask=half_offs < HALF, other=0.0)[None, :]
-            sin = tl.load(angle_ptr + HALF, mask=half_offs < HALF, other=0.0)[None, :]
+            cos = tl.load(angle_ptr, mask=half_mask, other=0.0)[None, :]
+            sin = tl.load(angle_ptr + HALF, mask=half_mask, other=0.0)[None, :]
             turned_first = (query_first * cos - query_second * sin).to(dtype)
             turned_second = (query_second * cos + query_first * sin).to(dtype)
-            first = tl.reshape(first.to(dtype), [KEYS, PAD_HALF])
-            second = tl.reshape(second.to(dtype), [KEYS, PAD_HALF])
-            logits = tl.dot(turned_first, tl.trans(first))
-            logits = tl.dot(turned_second, tl.trans(second), logits)
+            key_first = tl.reshape(first.to(dtype), [KEYS, PAD_HALF])
+            key_second = tl.reshape(second.to(dtype), [KEYS, PAD_HALF])
+            logits = tl.dot(turned_first, tl.trans(key_first))
+            logits = tl.dot(turned_second, tl.trans(key_second), logits)
         else:
+            angle = first_key + tl.arange(0, SLOTS) * BLOCK_SIZE
+            angle_ptr = cos_sin_ptr + (angle * (2 * HALF))[:, None, None]
+            angle_ptr = angle_ptr + half_offs[None, None, :]
+            mask = (angle < last_key)[:, None, None] & half_mask[None, None, :]
+            cos = tl.load(angle_ptr, mask=mask, other=0.0)
+            sin = tl.load(angle_ptr + HALF, mask=mask, other=0.0)
             wide_first = first.to(tl.float32)
             wide_second = second.to(tl.float32)
-            cos = tl.load(angle_ptr, mask=angle_mask, other=0.0)
-            sin = tl.load(angle_ptr + HALF, mask=angle_mask, other=0.0)
             turned_first = (wide_first * cos - wide_second * sin).to(dtype)
             turned_second = (wide_second * cos + wide_first * sin).to(dtype)
             turned_first = tl.reshape(turned_first, [KEYS, PAD_HALF])
@@ -74,38 +118,23 @@ def _attend_keys(
             logits = tl.dot(query_first, tl.trans(turned_first))
             logits = tl.dot(query_second, tl.trans(turned_second), logits)
     if 2 * HALF < HEAD_SIZE:
-        rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
-        rest_mask = key_inside[:, None] & (rest_offs < HEAD_SIZE)[None, :]
-        rest = tl.load(
-            key_cache_ptr + key_row[:, None] + rest_offs[None, :], mask=rest_mask, other=0.0
-        ).to(dtype)
         if HALF > 0:
-            logits = tl.dot(query_rest, tl.trans(rest), logits)
+            logits = tl.dot(query_rest, tl.trans(rest.to(dtype)), logits)
         else:
-            logits = tl.dot(query_rest, tl.trans(rest))
+            logits = tl.dot(query_rest, tl.trans(rest.to(dtype)))
     if HAS_CAP:
         logits = cap_logits(logits * scale, soft_cap) * LOG2E
     else:
         logits = logits * (scale * LOG2E)
-    # A page's unwritten rows may hold anything, nan too: keep them out of the products.
-    value_mask = key_inside
     if MASKED:
-        key_at = tl.reshape(block[:, None] * BLOCK_SIZE + offset[None, :], [KEYS])
-        seen = key_inside[None, :] & (key_at[None, :] <= position[:, None])
+        seen = inside[None, :] & (key_at[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (key_at[None, :] > position[:, None] - WINDOW)
         logits = tl.where(seen, logits, float("-inf"))
-        value_mask = key_inside & (key_at < first_unwritten)
     new_best = tl.maximum(best, tl.max(logits, axis=1))
     weight = tl.exp2(logits - new_best[:, None])
     rescale = tl.exp2(best - new_best)
     total = total * rescale + tl.sum(weight, axis=1)
-    head_offs = tl.arange(0, PAD_HEAD)
-    value = tl.load(
-        value_cache_ptr + key_row[:, None] + head_offs[None, :],
-        mask=value_mask[:, None] & (head_offs < HEAD_SIZE)[None, :],
-        other=0.0,
-    )
     acc = tl.dot(weight.to(dtype), value.to(dtype), acc * rescale[:, None])
     return new_best, total, acc
 
@@ -226,24 +255,56 @@ def _attend_scope_kernel(
     best = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PAD_HEAD], tl.float32)
+    # Pages are found two steps ahead and keys loaded one step ahead of their use.
+    block, page = _find_pages(
+        start, end, num_global, num_recalled, local, recalled_ptr, table_ptr, BLOCK_SIZE, KEYS
+    )
+    next_block, next_page = _find_pages(
+        start + KEYS, end, num_global, num_recalled, local, recalled_ptr, table_ptr,
+        BLOCK_SIZE, KEYS,
+    )  # fmt: skip
+    first, second, rest = _load_keys(
+        page, key_cache_ptr, cache_stride_block,
+        HEAD_SIZE, HALF, BLOCK_SIZE, KEYS, PAD_HALF, PAD_REST,
+    )  # fmt: skip
     for first_key in tl.range(start, plain_end, KEYS, num_stages=STAGES):
+        next_first, next_second, next_rest = _load_keys(
+            next_page, key_cache_ptr, cache_stride_block,
+            HEAD_SIZE, HALF, BLOCK_SIZE, KEYS, PAD_HALF, PAD_REST,
+        )  # fmt: skip
+        later_block, later_page = _find_pages(
+            first_key + 2 * KEYS, end, num_global, num_recalled, local, recalled_ptr, table_ptr,
+            BLOCK_SIZE, KEYS,
+        )  # fmt: skip
         best, total, acc = _attend_keys(
-            best, total, acc, query_first, query_second, query_rest,
-            first_key, end, own, position, first_position + length, num_global, num_recalled, local,
-            table_ptr, recalled_ptr, cos_sin_ptr, key_cache_ptr, value_cache_ptr,
-            scale, soft_cap, cache_stride_block,
+            best, total, acc, query_first, query_second, query_rest, first, second, rest,
+            block, page, first_key, end, own, position, first_position + length,
+            cos_sin_ptr, value_cache_ptr, scale, soft_cap, cache_stride_block,
             HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, TURNS_QUERY, False, KEYS,
-            PAD_HALF, PAD_REST, PAD_HEAD, dtype,
+            PAD_HALF, PAD_HEAD, dtype,
         )  # fmt: skip
-    for first_key in tl.range(tl.maximum(start, plain_end), end, KEYS, num_stages=1):
+        first, second, rest = next_first, next_second, next_rest
+        block, page = next_block, next_page
+        next_block, next_page = later_block, later_page
+    for first_key in tl.range(tl.maximum(start, plain_end), end, KEYS, num_stages=STAGES):
+        next_first, next_second, next_rest = _load_keys(
+            next_page, key_cache_ptr, cache_stride_block,
+            HEAD_SIZE, HALF, BLOCK_SIZE, KEYS, PAD_HALF, PAD_REST,
+        )  # fmt: skip
+        later_block, later_page = _find_pages(
+            first_key + 2 * KEYS, end, num_global, num_recalled, local, recalled_ptr, table_ptr,
+            BLOCK_SIZE, KEYS,
+        )  # fmt: skip
         best, total, acc = _attend_keys(
-            best, total, acc, query_first, query_second, query_rest,
-            first_key, end, own, position, first_position + length, num_global, num_recalled, local,
-            table_ptr, recalled_ptr, cos_sin_ptr, key_cache_ptr, value_cache_ptr,
-            scale, soft_cap, cache_stride_block,
+            best, total, acc, query_first, query_second, query_rest, first, second, rest,
+            block, page, first_key, end, own, position, first_position + length,
+            cos_sin_ptr, value_cache_ptr, scale, soft_cap, cache_stride_block,
             HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, TURNS_QUERY, True, KEYS,
-            PAD_HALF, PAD_REST, PAD_HEAD, dtype,
+            PAD_HALF, PAD_HEAD, dtype,
         )  # fmt: skip
+        first, second, rest = next_first, next_second, next_rest
+        block, page = next_block, next_page
+        next_block, next_page = later_block, later_page
 
     head_offs = tl.arange(0, PAD_HEAD)
     out_mask = row_mask[:, None] & (head_offs < HEAD_SIZE)[None, :]
@@ -421,5 +482,5 @@ def attend(
 def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
     """Keys per step, warps and stages, from a sweep on an H200."""
     if head_size > 128:
-        return 32, 4 if rows <= 64 else 8, 2
-    return (32, 4, 3) if rows <= 16 else (64, 4 if rows <= 64 else 8, 1)
+        return 32, 4 if rows <= 64 else 8, 1
+    return (32, 4, 1) if rows <= 16 else (64, 4 if rows <= 64 else 8, 1)

@@ -85,6 +85,18 @@ def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-limit, limit).to(dtype)
 
 
+def rotate_rows(x: Tensor, positions: Tensor, rotary: Rotary, magnitude: float = 1.0) -> Tensor:
+    """x rotated to its positions, rotary channels half-split.
+
+    x          [num_tokens, num_heads, head_size]
+    positions  [num_tokens] int32
+    magnitude  factor of the rotary channels: rotary.query_scale for queries
+    """
+    raw = _half_split(_wide(x), rotary)
+    raw = torch.cat((raw[..., : 2 * rotary.half] * magnitude, raw[..., 2 * rotary.half :]), -1)
+    return _rotate(raw, rotary.cos_sin[positions.long()][:, None]).to(x.dtype)
+
+
 def score_blocks(
     query: Tensor,
     pages: Pages,
@@ -107,8 +119,7 @@ def score_blocks(
                  that recalls nothing (kernels leave the columns behind it unwritten);
                  log_mass [num_tiles, num_kv_heads, max_length * group] fp32: log of the softmax's
                  denominator over all blocks before local (see Scope.sample_from); 0 for rows that
-                 are not there. A share is m / (denominator + m), so it never passes 1, whatever
-                 the estimates
+                 are not there. A share is cut at 1, which estimates may pass
     """
     num_kv_heads, block_size = pages.key.shape[1:3]
     group = query.shape[1] // num_kv_heads
@@ -126,7 +137,7 @@ def score_blocks(
         mean, variance = summary.permute(2, 1, 3, 0)  # [num_kv_heads, head_size, local]
         mass = q @ mean + (q * q) @ variance / 2 + math.log(block_size)
         total = _log_mass(mass, tiles, scope)
-        shares = (mass - total).sigmoid().sum(dim=1)
+        shares = (mass - total).clamp(max=0).exp().sum(dim=1)
         score[tile, :, num_global:local] = shares[:, num_global:]
         extent[tile] = local
         log_mass[tile, :, : length * group] = total[..., 0]
@@ -183,8 +194,8 @@ def refine_scores(
 ) -> Tensor:
     """The candidates' shares from their keys instead of their summaries.
 
-    The denominator stays the estimate, plus the block's own exact mass: a row that finds what
-    no summary showed gives it a share near 1, never more.
+    The denominator stays the estimate, so a share is cut at 1: a row that finds what no summary
+    showed gives it that much, never more.
 
     candidates  [num_tiles, num_kv_heads, n] int32 block ids; negative: none
     log_mass    as score_blocks returns it
@@ -204,8 +215,9 @@ def refine_scores(
         stored = _wide(pages.key[pages_of, heads]).to(q.dtype) * pages.key_scale
         raw = _unrotate(stored, rotary.cos_sin[:block_size])  # [num_kv_heads, n, block, head_size]
         logits = _cap(torch.einsum("hrd,hnbd->hrnb", q, raw), soft_cap)
-        log_odds = logits.logsumexp(dim=-1) - log_mass[tile, :, : length * group, None].to(q.dtype)
-        score[tile] = torch.where(wanted >= 0, log_odds.sigmoid().sum(dim=1), -1.0)
+        log_share = logits.logsumexp(dim=-1) - log_mass[tile, :, : length * group, None].to(q.dtype)
+        share = log_share.clamp(max=0).exp().sum(dim=1)
+        score[tile] = torch.where(wanted >= 0, share, -1.0)
     return score
 
 

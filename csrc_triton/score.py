@@ -255,6 +255,7 @@ def _share_mass_kernel(
                 tl.where(row_mask, total / LOG2E, 0.0),
                 mask=row_offs < MAX_ROWS,
             )
+        total = tl.where(row_mask, total, float("inf"))  # rows that are not there have no share
         if not KEEPS_MASS:
             query, square = _load_rows(
                 query_ptr, query_stride_token, query_stride_head, tl.load(row_ptr + tile_idx),
@@ -274,8 +275,7 @@ def _share_mass_kernel(
                     scale, summary_stride_block, summary_stride_head,
                     HEAD_SIZE, BLOCK_SIZE, PAD_HEAD,
                 )  # fmt: skip
-            odds = tl.exp2(tl.minimum(mass - total[:, None], 80.0))
-            share = tl.sum(tl.where(row_mask[:, None], odds / (1.0 + odds), 0.0), axis=0)
+            share = tl.sum(tl.exp2(tl.minimum(mass - total[:, None], 0.0)), axis=0)
             at = score_ptr + out_row * max_blocks + block_offs
             if part > 0:
                 share += tl.load(at, mask=block_mask, other=0.0)
@@ -360,7 +360,7 @@ def score_blocks(
 def _tile_sizes(rows: int, head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:
     """Blocks per step, warps, stages, and programs to aim at."""
     if keeps_mass:
-        return 32, 4, 3, 528
+        return 64, 4, 3, 528
     return (64 if head_size <= 128 else 32), 8 if rows > 64 else 4, 3, 264
 
 

@@ -83,6 +83,18 @@ def test_write_kv(case, dtype):
         torch.testing.assert_close(actual, eager, rtol=2**-7, atol=2**-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("case", [DECODE[0], DECODE[2], DECODE[3], DECODE[4]], ids=str)
+@each_dtype
+def test_rotate_rows(case, dtype):
+    inputs = case.build(dtype, DEVICE)
+    positions = torch.arange(len(inputs.query), device=DEVICE, dtype=torch.int32) * 7 % 300
+    args = (positions, inputs.rotary, case.query_scale)
+    actual = kernels.rotate_rows(inputs.query, *args)
+    eager = reference.rotate_rows(inputs.query, *args)
+    exact = reference.rotate_rows(inputs.query.double(), *args)
+    assert_as_accurate(actual, eager, exact)
+
+
 @each_selecting
 @each_dtype
 def test_score_blocks(case, dtype):
