@@ -1,0 +1,162 @@
+"""vLLM engines as the benchmarks start them: what a provider is, and a process for each."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from vllm_reattention.config import ReAttentionConfig
+
+# FLASH_ATTN is vLLM's own with the model's RoPE as it is, run on past the trained window; yarn is
+# the same with YaRN by the factor it takes; streaming is reattention that recalls nothing and has
+# the more local tokens.
+PROVIDERS = ("reattention", "FLASH_ATTN", "streaming", "yarn")
+BLOCK_SIZE = 32
+SETTINGS = ("global_size", "local_size", "recall_size", "dense_limit", "scorer")
+
+
+class Provider(NamedTuple):
+    """One way to serve a model, a folder, on up to `max_len` tokens."""
+
+    name: str
+    model: str
+    max_len: int
+    settings: dict[str, Any]  # of reattention
+
+    def numbers(self) -> dict[str, Any]:
+        """Reattention's settings, resolved; the providers that have none get none."""
+        if self.name not in ("reattention", "streaming"):
+            return {}
+        config = ReAttentionConfig(**self.settings)
+        scope = config.resolve(self.trained().max_position_embeddings, BLOCK_SIZE)
+        recall, local = scope.recall_blocks, scope.local_blocks
+        if self.name == "streaming":
+            recall, local = 0, recall + local
+        blocks = scope.global_blocks, local, recall, scope.dense_blocks
+        sizes = (number * BLOCK_SIZE for number in blocks)
+        return dict(zip(SETTINGS, (*sizes, config.scorer), strict=True))
+
+    def arguments(self) -> dict[str, Any]:
+        """What it asks of vLLM."""
+        chosen = {"model": self.model, "max_model_len": self.max_len}
+        if numbers := self.numbers():
+            ours = {"additional_config": {"reattention": numbers}}
+            return chosen | ours | {"attention_backend": "reattention"}
+        return chosen | {"attention_backend": "FLASH_ATTN", "hf_overrides": self._longer()}
+
+    def _longer(self) -> dict[str, Any]:
+        """Changes to the model's configuration that let it run past its trained window."""
+        config = self.trained()
+        window = config.max_position_embeddings
+        factor = -(-self.max_len // window)
+        if factor == 1:
+            return {}
+        longer = {"max_position_embeddings": factor * window}  # also the rows of its RoPE table
+        if self.name == "yarn":
+            longer["rope_parameters"] = {
+                "rope_type": "yarn",
+                "rope_theta": config.rope_parameters["rope_theta"],
+                "factor": float(factor),
+                "original_max_position_embeddings": window,
+            }
+        return longer
+
+    def trained(self):
+        """The model's own configuration."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.model)
+
+
+def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None:
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=providers)
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, help="of reattention, as in --additional-config"
+    )
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens in one scheduler step")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which nothing is started"
+    )
+
+
+def arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask of vLLM, whoever the provider is."""
+    return {
+        "max_num_batched_tokens": options.chunk,
+        "enforce_eager": options.enforce_eager,
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+    }
+
+
+@contextmanager
+def engine(**arguments) -> Iterator:
+    """A vllm.LLM, gone afterwards with its process and its memory."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send memory() to the engine
+    import vllm
+
+    import vllm_reattention
+
+    vllm_reattention.register()
+    llm = vllm.LLM(**arguments)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def memory(worker) -> tuple[int, int]:
+    """For llm.collective_rpc: bytes of the KV cache; the most allocated since the last call."""
+    import torch
+
+    caches = (cache.untyped_storage() for cache in worker.model_runner.kv_caches)
+    cache = sum({storage.data_ptr(): storage.nbytes() for storage in caches}.values())
+    if not torch.cuda.is_available():
+        return cache, cache
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return cache, most
+
+
+def in_time(cases: Iterable, cost: Callable[[Any], float], deadline: float) -> Iterator:
+    """The cases, until one that may not end in time by what the last one took."""
+    seconds_per_cost = 0.0
+    for case in cases:
+        start = time.time()
+        if start + seconds_per_cost * cost(case) > deadline:
+            print(f"no time left for {case} and what follows it", flush=True)
+            return
+        yield case
+        seconds_per_cost = (time.time() - start) / cost(case)
+
+
+def apart(function: Callable, *arguments) -> Any:
+    """What a call returns, made in a process of its own."""
+    with _process() as process:
+        return process.submit(function, *arguments).result()
+
+
+def each_apart(function: Callable, calls: list[tuple]) -> None:
+    """Calls in a process each; one that fails does not keep the next from running."""
+    failed = 0
+    for call in calls:
+        with _process() as process:
+            if error := process.submit(function, *call).exception():
+                traceback.print_exception(error)
+                failed += 1
+    if failed:
+        raise SystemExit(f"{failed} of {len(calls)} engines failed")
+
+
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))

@@ -1,0 +1,87 @@
+"""vLLM engines in a process of their own: pytest's has Triton's interpreter switched on."""
+
+import gc
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors arrive as they were raised
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # tiny models: more threads only wait for each other
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+DEFAULTS = dict(
+    skip_tokenizer_init=True,
+    dtype="float32",
+    enforce_eager=True,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    enable_prefix_caching=False,
+    attention_backend="reattention",
+    max_model_len=2048,
+    seed=0,
+)
+
+
+def workers() -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_prepare)
+
+
+def _prepare() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.update(ENVIRONMENT)
+
+
+def generate(
+    model: Path, batches: list[list[list[int]]], max_tokens: int = 16, **options
+) -> tuple[list[list[list[int]]], list[tuple[int, int]]]:
+    """Greedy tokens of one engine for batches of prompts, one after the other.
+
+    And per batch how many query tokens selected what they attend to, and how many did not.
+    """
+    from vllm import LLM, SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    llm = LLM(model=str(model), **(DEFAULTS | options))
+    tokens, counts = [], []
+    for prompts in batches:
+        done = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        tokens.append([list(request.outputs[0].token_ids) for request in done])
+        counts.append(llm.collective_rpc(_rows)[0])
+    del llm
+    gc.collect()
+    return tokens, counts
+
+
+def _rows(worker) -> tuple[int, int] | None:
+    groups = [group for groups in worker.model_runner.attn_groups for group in groups]
+    counts = [
+        (builder.rows_selected, builder.rows_dense)
+        for group in groups
+        for builder in group.metadata_builders
+        if group.backend.get_name() == "REATTENTION"
+    ]
+    return max(counts, default=None)
+
+
+def refusal(model: Path, pretend_range: str | None = None, **options) -> str:
+    """Why an engine does not start."""
+    from vllm import LLM
+
+    from vllm_reattention import compat
+
+    supported = compat.VLLM_RANGE
+    compat.VLLM_RANGE = pretend_range or supported
+    try:
+        LLM(model=str(model), **(DEFAULTS | options))
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        return str(error)
+    finally:
+        compat.VLLM_RANGE = supported
+        gc.collect()
+    return ""

@@ -1,0 +1,161 @@
+"""Tiny models with random weights, one for every way a model rotates. No network, no tokenizer.
+
+python -m tests.make_models FOLDER [NAME ...]
+"""
+
+import sys
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+WINDOW = 512  # positions every model is "trained" on
+SIZES = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=WINDOW,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+GPT_SIZES = dict(vocab_size=512, bos_token_id=1, eos_token_id=2)
+ALTERNATING = dict(sliding_window=48, layer_types=["sliding_attention", "full_attention"])
+YARN = dict(factor=4.0, original_max_position_embeddings=WINDOW // 4)
+
+
+def rope(kind: str, theta: float = 1e4, **rest) -> dict:
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=theta, **rest))
+
+
+def _llama3():
+    return rope("llama3", **YARN, low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+def _longrope():
+    short = [1.0 + 0.1 * i for i in range(16)]
+    long = [1.0 + 0.5 * i for i in range(16)]
+    original = dict(original_max_position_embeddings=WINDOW // 4)
+    return rope("longrope", **original, short_factor=short, long_factor=long) | original
+
+
+def _gemma3():
+    full = dict(rope_type="linear", factor=8.0, rope_theta=1e6)
+    return dict(
+        rope_parameters=dict(
+            full_attention=full, sliding_attention=dict(rope_type="default", rope_theta=1e4)
+        )
+    )
+
+
+# name: configuration class, what differs from SIZES
+MODELS = {
+    "llama": ("LlamaConfig", {}),
+    "llama3rope": ("LlamaConfig", _llama3()),
+    "yarn": ("LlamaConfig", rope("yarn", **YARN)),
+    "dynamic_ntk": ("LlamaConfig", rope("dynamic", factor=2.0)),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3moe": (
+        "Qwen3MoeConfig",
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1),
+    ),
+    "mistral": ("MistralConfig", dict(sliding_window=None)),
+    "longrope": ("Phi3Config", dict(hidden_size=128) | _longrope()),
+    "gemma2": (
+        "Gemma2Config",
+        dict(tie_word_embeddings=True, sliding_window=48, query_pre_attn_scalar=32),
+    ),
+    "gemma3": ("Gemma3TextConfig", dict(query_pre_attn_scalar=32) | ALTERNATING | _gemma3()),
+    "cohere2": ("Cohere2Config", dict(tie_word_embeddings=True) | ALTERNATING),
+    "exaone4": ("Exaone4Config", dict(sliding_window_pattern="LG") | ALTERNATING),
+    "gptoss": (
+        "GptOssConfig",
+        dict(num_local_experts=4, num_experts_per_tok=2)
+        | ALTERNATING
+        | rope("yarn", 1.5e5, **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False),
+    ),
+    "glm4": ("Glm4Config", dict(partial_rotary_factor=0.5)),
+    "gptj": (
+        "GPTJConfig",
+        dict(n_embd=128, n_layer=2, n_head=4, n_positions=WINDOW, rotary_dim=16),
+    ),
+    "granite": ("GraniteConfig", dict(attention_multiplier=0.2)),
+    # through vLLM's Transformers backend
+    "smollm3": ("SmolLM3Config", dict(no_rope_layers=[1, 0])),
+    "olmo2": ("Olmo2Config", {}),
+    "gptneox": (
+        "GPTNeoXConfig",
+        dict(
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=WINDOW,
+            rotary_pct=0.25,
+        ),
+    ),
+    # cannot be served
+    "hunyuan": ("HunYuanDenseV1Config", dict(use_qk_norm=True)),  # norms after rotating
+    "bloom": ("BloomConfig", dict(hidden_size=128, n_layer=2, n_head=4)),  # ALiBi
+    "deepseek": (  # MLA
+        "DeepseekV2Config",
+        dict(
+            kv_lora_rank=32,
+            q_lora_rank=None,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=32,
+            v_head_dim=32,
+            first_k_dense_replace=2,
+            n_routed_experts=4,
+        ),
+    ),
+    "mrope": (
+        "Qwen2Config",
+        rope("default", mrope_section=[4, 6, 6]),
+    ),
+}
+REFUSED = {"hunyuan", "bloom", "deepseek", "mrope"}
+
+
+def configuration(name: str) -> PreTrainedConfig:
+    class_name, different = MODELS[name]
+    sizes = GPT_SIZES if class_name in ("GPTJConfig", "GPTNeoXConfig", "BloomConfig") else SIZES
+    return getattr(transformers, class_name)(**(sizes | different))
+
+
+@torch.no_grad()
+def make(name: str, folder: Path) -> Path:
+    """Weights larger than usual, so that attention is sharp and a wrong rotation shows."""
+    path = folder / name
+    if (path / "config.json").exists():
+        return path
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration(name), dtype=torch.float32)
+    for weight, parameter in model.named_parameters():
+        sharp = any(part in weight for part in ("q_proj", "k_proj", "qkv", "query_key_value"))
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.6 if sharp else 0.15)
+        elif "norm" in weight:
+            parameter.normal_(mean=1, std=0.3)
+    model.save_pretrained(path)
+    return path
+
+
+def make_tokenizer(path: Path) -> None:
+    """Words are the numbers of their tokens."""
+    model = tokenizers.models.WordLevel({str(i): i for i in range(SIZES["vocab_size"])})
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+
+
+if __name__ == "__main__":
+    for model_name in sys.argv[2:] or MODELS:
+        print(make(model_name, Path(sys.argv[1])))

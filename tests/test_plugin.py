@@ -1,0 +1,231 @@
+"""What a guest must not do, and its numbers. Needs no vLLM."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vllm_reattention
+from csrc_triton.layout import Scope, rotation_table
+from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.pages import bytes_per_token, pages_of
+from vllm_reattention.rope import Refused, Rope, read_table
+from vllm_reattention.tiles import DecodeTiles, prefill_tiles
+
+ROOT = Path(__file__).parent.parent
+# Each module may import only those before it.
+ORDER = ["config", "attention", "pages", "tiles", "compat", "rope", "proof", "metadata", "backend"]
+MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_is_free():
+    heavy = "import sys, vllm_reattention; print({'torch', 'vllm', 'triton'} & set(sys.modules))"
+    assert python(heavy) == "set()"
+
+
+def test_registering_twice_is_harmless():
+    python("import vllm_reattention as v; v.register(); v.register()")
+
+
+def test_registering_without_vllm_is_harmless():
+    python("import sys; sys.modules['vllm'] = None; import vllm_reattention as v; v.register()")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc_triton").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_know_neither_vllm_nor_us(path):
+    assert not packages(path) & {"vllm", "vllm_reattention"}
+    if path.stem == "reference":
+        assert "triton" not in packages(path)
+    else:
+        assert "csrc_triton.reference" not in imports(path)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_arrows_point_down(name):
+    path = ROOT / "vllm_reattention" / f"{name}.py"
+    later = ORDER[ORDER.index(name) :]
+    assert not imports(path) & {f"vllm_reattention.{module}" for module in later}
+    assert "vllm" not in packages(path) or name in MAY_IMPORT_VLLM
+
+
+def test_every_module_has_its_place():
+    modules = {path.stem for path in (ROOT / "vllm_reattention").glob("*.py")}
+    assert modules == {"__init__", *ORDER}
+
+
+def test_changelog_opens_with_this_version_and_its_vllm():
+    text = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert text.startswith(vllm_reattention.__version__)
+    assert f"vllm{vllm_reattention.VLLM_RANGE}" in text
+
+
+def test_defaults_are_the_papers():
+    scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32)
+    assert scope == Scope(1, 127, 128, 256, candidate_blocks=508)
+
+
+@pytest.mark.parametrize("window", [64, 96, 500, 512, 4096, 8192, 10_000])
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_defaults_fit_any_window(window, block_size):
+    if window < 2 * block_size:
+        return
+    scope = ReAttentionConfig().resolve(window, block_size)
+    total = scope.global_blocks + scope.recall_blocks + scope.local_blocks
+    assert total == scope.dense_blocks and total * block_size <= window
+
+
+def test_recalling_nothing():
+    config = ReAttentionConfig(recall_size=0, local_size=480, scorer="summary")
+    assert config.resolve(512, 32) == Scope(1, 0, 15, 16)
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        (dict(topk=4), "must be among global_size, local_size"),
+        ([1], "must be a dictionary"),
+        (dict(local_size=100), "local_size must be a positive multiple of the block size 32"),
+        (dict(local_size=0), "set local_size=32"),
+        (dict(local_size="64"), "local_size must be a whole number"),
+        (dict(recall_size=-32), "recall_size must be a multiple of the block size 32"),
+        (dict(local_size=8192), "must fit in the trained window of 512 tokens, got 32 + 0 + 8192"),
+        (dict(dense_limit=1024), "dense_limit must lie between"),
+        (dict(dense_limit=128), "dense_limit must lie between"),
+        (dict(scorer="best"), "scorer must be one of"),
+    ],
+)
+def test_bad_numbers_are_refused(numbers, message):
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")) as error:
+        ReAttentionConfig.read({"reattention": numbers}).resolve(512, 32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def default_dtype(request):
+    """While vLLM loads a model, that of new tensors is the model's."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e8])
+def test_frequencies_are_read_exactly(theta):
+    exponents = torch.arange(0, 128, 2, dtype=torch.float32) / 128
+    frequencies = theta**-exponents
+    angles = torch.arange(131072, dtype=torch.float32)[:, None] * frequencies  # as models do
+    rope = read_table(lambda p: (1.3 * angles[p].cos(), 1.3 * angles[p].sin()), len(angles))
+    error = (rope.radians / frequencies - 1).abs().max()
+    assert error < 2.0**-23 and abs(rope.magnitude - 1.3) < 1e-6
+
+
+def test_other_tables_are_refused():
+    def table(positions):
+        angles = positions[:, None] ** 1.01 * torch.ones(8)
+        return angles.cos(), angles.sin()
+
+    with pytest.raises(Refused, match="position \\* frequency"):
+        read_table(table, 512)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotating_composes(interleaved):
+    rope = Rope(torch.rand(8, dtype=torch.float64), interleaved=interleaved)
+    x, at = torch.randn(5, 3, 20), torch.arange(5)
+    twice = rope.rotate(rope.rotate(x, at), at + 2)
+    assert torch.allclose(twice, rope.rotate(x, 2 * at + 2), atol=1e-5)
+    assert torch.equal(rope.rotary(9, x.device).cos_sin, rotation_table(rope.radians, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("head_size", [32, 80, 128])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_pages_share_nothing_and_fit(dtype, head_size, layers):
+    content = bytes_per_token(head_size, dtype.itemsize, 32) // dtype.itemsize
+    cache = torch.zeros(4, layers, 2, 32, content, dtype=dtype)[:, -1]
+    pages = pages_of(cache, head_size, torch.bfloat16, (0.5, 2.0))
+    for plane in pages[:3]:
+        plane.copy_(plane.float() + 1)  # twice where planes overlap
+    assert all((plane.float() == 1).all() for plane in pages[:3])
+    assert pages.summary.dtype == (torch.bfloat16 if dtype == torch.uint8 else dtype)
+    assert (pages.key_scale == 0.5) == (dtype == torch.uint8)
+
+
+def requests(*context_and_new: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """query_start_loc and seq_lens of requests."""
+    new = torch.tensor([0, *(new for _, new in context_and_new)], dtype=torch.int32)
+    lengths = torch.tensor([sum(pair) for pair in context_and_new], dtype=torch.int32)
+    return new.cumsum(0, dtype=torch.int32), lengths
+
+
+def rows(tiles) -> list[tuple[int, int, int]]:
+    """(row, request, position) of every query of every tile."""
+    found = []
+    for request, row, length, position in zip(*(t.tolist() for t in tiles[:4]), strict=True):
+        assert length <= tiles.max_length
+        found += [(row + i, request, position + i) for i in range(length)]
+    return found
+
+
+def test_prefill_tiles_cover_each_query_once():
+    batch = (64, 1), (0, 100), (31, 2), (32, 32), (1000, 33), (5, 20)
+    starts, lengths = requests(*batch)
+    tiles = prefill_tiles(starts, starts, lengths, 1, block_size=32)
+    expected = [
+        (int(starts[i]) + t, i, context + t)
+        for i, (context, new) in enumerate(batch)
+        if i
+        for t in range(new)
+    ]
+    assert rows(tiles) == expected
+    last = tiles.position + tiles.length - 1
+    used = tiles.length > 0
+    assert torch.equal((tiles.position // 32)[used], (last // 32)[used])
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_decode_tiles_are_single_tokens(most):
+    batch = ((9, 1), (700, 1), (31, 1)) if most == 1 else ((9, 3), (700, 1), (31, 2))
+    starts, lengths = requests(*batch, (0, 0), (0, 0))  # two requests only pad the batch
+    tiles = DecodeTiles(64, most, starts.device).fill(starts, lengths, num_tokens=5 + most)
+    expected = [
+        (int(starts[i]) + t, i, context + t)
+        for i, (context, new) in enumerate(batch)
+        for t in range(new)
+    ]
+    assert rows(tiles) == expected
+    assert len(tiles.row) == 5 + most
+
+
+def test_decode_tiles_stay_where_they_are():
+    """CUDA graphs replay what was captured with them."""
+    decode = DecodeTiles(64, 1, torch.device("cpu"))
+    first = decode.fill(*requests((9, 1), (7, 1)), num_tokens=2)
+    second = decode.fill(*requests((100, 1), (0, 0)), num_tokens=2)
+    assert [t.data_ptr() for t in first[:4]] == [t.data_ptr() for t in second[:4]]
+    assert rows(first) == [(0, 0, 100)]

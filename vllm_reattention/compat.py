@@ -1,0 +1,235 @@
+"""Every patch to vLLM and every difference between its releases."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+
+import torch
+from packaging.specifiers import SpecifierSet
+from torch import nn
+
+from vllm_reattention import VLLM_RANGE, __version__
+from vllm_reattention.config import ReAttentionConfig
+
+NAME = "REATTENTION"
+PATH = "vllm_reattention.backend.ReAttentionBackend"
+BLOCK_SIZES = (32, 64, 128)  # of the kernels; the first unless --block-size says otherwise
+
+logger = logging.getLogger("vllm.reattention")
+_chosen: ContextVar[bool] = ContextVar("reattention_chosen", default=False)
+
+
+@functools.cache
+def install() -> None:
+    """Register the name and apply the patches; they act only when our backend is chosen."""
+    try:
+        import vllm.v1.attention.backends.registry  # noqa: F401
+    except ImportError:  # a vLLM of long ago, or none: nobody can choose us
+        return
+    _register_name()
+    _honour_choice_on_cpu()
+    _check_and_lift_length()
+
+
+def version_refusal() -> str | None:
+    """Why this vLLM cannot be served, or None."""
+    import vllm
+
+    if SpecifierSet(VLLM_RANGE).contains(vllm.__version__, prereleases=True):
+        return None
+    return (
+        f"vllm-reattention {__version__} must run with vllm{VLLM_RANGE}, got {vllm.__version__}; "
+        f"install such a vLLM or choose another attention backend"
+    )
+
+
+def _register_name():
+    """Add REATTENTION to vLLM's enum of backends, once.
+
+    A spawned engine unpickles its configuration, and with it our member, before it loads plugins.
+    Enum members are pickled by value, which is unknown there; so ours is pickled as this call.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum.__members__.get(NAME)
+    if member is None:
+        if not hasattr(AttentionBackendEnum, "register"):  # before 0.32: refused, but by name
+            return None
+        member = AttentionBackendEnum.register(NAME, PATH)
+        member.__reduce_ex__ = lambda protocol: (_register_name, ())
+    return member
+
+
+def _honour_choice_on_cpu() -> None:
+    """vLLM's CPU platform takes its own backend whatever was chosen; honour ours, check it."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+
+    if not current_platform.is_cpu():
+        return
+    platform = type(current_platform)
+    stock = platform.get_attn_backend_cls.__func__
+
+    @functools.wraps(stock)
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+        if getattr(selected_backend, "name", None) != NAME:
+            return stock(cls, selected_backend, attn_selector_config, num_heads)
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=DeviceCapability(0, 0), **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"{NAME} is not valid for this configuration: {'; '.join(reasons)}")
+        return selected_backend.get_path()
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _check_and_lift_length() -> None:
+    """Refuse early what cannot be served, and allow max_model_len beyond the trained window.
+
+    The model's configuration, which checks its length, is made before vLLM looks at the backend;
+    a context variable tells it which one was chosen.
+    """
+    from vllm.config.model import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    create, verify = EngineArgs.create_model_config, ModelConfig.get_and_verify_max_len
+
+    @functools.wraps(create)
+    def create_model_config(self):
+        backend = self.attention_backend or self.attention_config.backend
+        if str(getattr(backend, "name", backend)).upper() != NAME:
+            return create(self)
+        if refusal := version_refusal():
+            raise ValueError(refusal)
+        config = ReAttentionConfig.read(self.additional_config)
+        if self.block_size is None and current_platform.is_cpu():
+            self.block_size = BLOCK_SIZES[0]  # before 0.33 that platform does not ask the backend
+        token = _chosen.set(True)
+        try:
+            model_config = create(self)
+        finally:
+            _chosen.reset(token)
+        config.resolve(trained_window(model_config), kernel_block_size(self.block_size))
+        if model_config.uses_mrope:
+            raise ValueError(
+                "rotary embedding must have one position per token, got the three of mRoPE "
+                f"({model_config.architecture}); serve a text-only model of the family or choose "
+                "another attention backend"
+            )
+        return model_config
+
+    @functools.wraps(verify)
+    def get_and_verify_max_len(self, max_model_len):
+        try:
+            return verify(self, max_model_len)
+        except ValueError:
+            if not _chosen.get() or max_model_len <= trained_window(self):
+                raise
+            return int(max_model_len)
+
+    EngineArgs.create_model_config = create_model_config
+    ModelConfig.get_and_verify_max_len = get_and_verify_max_len
+
+
+def flash_attention(head_size: int, has_sinks: bool, soft_cap: float) -> Callable | None:
+    """vLLM's FlashAttention for ragged batches, where this platform's serves such heads."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return None
+    from vllm.v1.attention.backends import fa_utils
+
+    version = fa_utils.get_flash_attn_version(
+        head_size=head_size, has_sinks=has_sinks, requires_softcap=soft_cap > 0
+    )
+    if version is None or (has_sinks and version < 3) or head_size % 8:
+        return None
+    return functools.partial(fa_utils.flash_attn_varlen_func, fa_version=version)
+
+
+def kernel_block_size(block_size: int | None) -> int:
+    """What vLLM cuts its blocks into for our kernels."""
+    fitting = [size for size in BLOCK_SIZES if block_size and block_size % size == 0]
+    return max(fitting, default=BLOCK_SIZES[0])
+
+
+def trained_window(model_config) -> int:
+    """The longest context the model was made for: what vLLM takes as the limit of max_model_len."""
+    from vllm.config.model import _get_and_verify_max_len
+    from vllm.transformers_utils.config import iter_rope_parameters
+
+    text_config = model_config.hf_text_config
+    window = _get_and_verify_max_len(
+        hf_config=text_config,
+        model_arch_config=model_config.model_arch_config,
+        tokenizer_config=None,
+        max_model_len=None,
+        disable_sliding_window=False,
+        sliding_window=None,
+    )
+    # longrope: the above is the length before scaling. YaRN added to a configuration of the
+    # original length scales it, though vLLM takes such lengths as scaled already.
+    derived, key = model_config.model_arch_config.derived_max_model_len_and_key
+    windows = [window] if key is None else [window, int(derived)]
+    for rope in iter_rope_parameters(text_config):
+        if rope["rope_type"] == "yarn":
+            original = rope.get("original_max_position_embeddings", 0)
+            windows.append(int(rope.get("factor", 1.0) * original))
+    return max(windows)
+
+
+def is_ours(module: nn.Module | None) -> bool:
+    """Whether this is a vLLM Attention layer on our backend."""
+    attention = _loaded("vllm.model_executor.layers.attention", "Attention")
+    return isinstance(module, attention) and module.attn_backend.get_name() == NAME
+
+
+def is_rotary(module: nn.Module | None) -> bool:
+    """Whether this is one of vLLM's rotary embeddings: called with positions, query and key."""
+    package = "vllm.model_executor.layers.rotary_embedding"
+    return isinstance(
+        module,
+        (
+            _loaded(f"{package}.base", "RotaryEmbeddingBase"),
+            _loaded(f"{package}.phi3_long_rope_scaled_rope", "Phi3LongRoPEScaledRotaryEmbedding"),
+        ),
+    )
+
+
+def _loaded(module: str, name: str) -> type | tuple:
+    """The class, if its module was imported by now: asked of every module of every process."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def rotary_table(rope: nn.Module) -> torch.Tensor:
+    """cos | sin of every position in fp32: the module's own buffer may be 16 bit."""
+    with torch.device("cpu"):
+        if not hasattr(rope, "long_short_cos_sin_cache"):
+            return rope._compute_cos_sin_cache().float()
+        if rope.use_long_rope:  # longrope: vLLM decides by max_model_len which half is used
+            return rope._compute_cos_sin_cache(
+                rope.max_position_embeddings, rope.long_factor, rope.long_mscale
+            )
+        return rope._compute_cos_sin_cache(
+            rope.original_max_position_embeddings, rope.short_factor, rope.short_mscale
+        )
+
+
+def hidden_size(attention: nn.Module) -> int | None:
+    """Width of what an attention module takes: quantised weights may not show it, layers do."""
+    from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+
+    for module in attention.modules():
+        if isinstance(module, LinearBase) and not isinstance(module, RowParallelLinear):
+            return module.input_size
+    return None
+
+
+def unfuse(attention: nn.Module) -> None:
+    """Qwen3-Next on CUDA rotates in a kernel of its own unless told not to."""
+    if getattr(attention, "use_fused_qk_norm_rope_gate", False):
+        attention.use_fused_qk_norm_rope_gate = False

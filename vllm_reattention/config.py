@@ -1,0 +1,99 @@
+"""The method's numbers: --additional-config '{"reattention": {...}}'."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from csrc_triton.layout import Scope
+
+KEY = "reattention"
+Scorer = Literal["refined", "summary"]
+DEFAULT_SCOPE = 8192
+CANDIDATES_PER_RECALLED = 4
+
+
+@dataclass(frozen=True)
+class ReAttentionConfig:
+    """Sizes in tokens; None is derived from the model's trained window.
+
+    global_size   first tokens, always attended to; default 32, at least one block
+    local_size    last tokens, always attended to; default half the scope
+    recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
+    dense_limit   up to here a query attends to everything; default the scope
+    scorer        refined: the best candidates are scored again from their keys
+                  summary: blocks are ranked by their summaries alone
+    """
+
+    global_size: int | None = None
+    local_size: int | None = None
+    recall_size: int | None = None
+    dense_limit: int | None = None
+    scorer: Scorer = "refined"
+
+    def __post_init__(self):
+        for name in ("global_size", "local_size", "recall_size", "dense_limit"):
+            size = getattr(self, name)
+            if size is not None and type(size) is not int:
+                raise ValueError(f"{name} must be a whole number of tokens, got {size!r}")
+        if self.scorer not in get_args(Scorer):
+            raise ValueError(f"scorer must be one of {get_args(Scorer)}, got {self.scorer!r}")
+
+    @classmethod
+    def read(cls, additional_config: Any) -> "ReAttentionConfig":
+        """From vLLM's additional_config; no "reattention" in it means all defaults."""
+        numbers = dict(additional_config or {}).get(KEY, {})
+        if not isinstance(numbers, dict):
+            raise ValueError(
+                f"{KEY!r} in --additional-config must be a dictionary, got {numbers!r}"
+            )
+        names = [field.name for field in fields(cls)]
+        for name in numbers:
+            if name not in names:
+                raise ValueError(
+                    f"keys of {KEY!r} in --additional-config must be among {', '.join(names)}, "
+                    f"got {name!r}"
+                )
+        return cls(**numbers)
+
+    def resolve(self, trained_window: int, block_size: int) -> Scope:
+        """The scope in blocks for a model trained on `trained_window` tokens."""
+
+        def whole(size: int) -> int:
+            return size // block_size * block_size
+
+        size = whole(min(DEFAULT_SCOPE, trained_window))
+        first = max(32, block_size) if self.global_size is None else self.global_size
+        local = whole(size // 2) if self.local_size is None else self.local_size
+        recall = self.recall_size
+        if recall is None:
+            recall = max(size - first - local, 0)
+        total = first + recall + local
+        dense = total if self.dense_limit is None else self.dense_limit
+
+        sizes = dict(global_size=first, local_size=local, recall_size=recall, dense_limit=dense)
+        for name, tokens in sizes.items():
+            at_least = 0 if name == "recall_size" else block_size
+            if tokens < at_least or tokens % block_size:
+                kind = "a multiple" if name == "recall_size" else "a positive multiple"
+                raise ValueError(
+                    f"{name} must be {kind} of the block size {block_size}, got {tokens}; "
+                    f"set {name}={max(at_least, -(-tokens // block_size) * block_size)}"
+                )
+        if total > trained_window:
+            raise ValueError(
+                f"global_size + recall_size + local_size must fit in the trained window of "
+                f"{trained_window} tokens, got {first} + {recall} + {local} = {total}; "
+                f"make recall_size or local_size smaller"
+            )
+        if not total <= dense <= trained_window:
+            raise ValueError(
+                f"dense_limit must lie between the scope of {total} tokens and the trained "
+                f"window of {trained_window}, got {dense}; leave it out to get {total}"
+            )
+        refined = self.scorer == "refined"
+        return Scope(
+            global_blocks=first // block_size,
+            recall_blocks=recall // block_size,
+            local_blocks=local // block_size,
+            dense_blocks=dense // block_size,
+            candidate_blocks=CANDIDATES_PER_RECALLED * recall // block_size if refined else 0,
+        )

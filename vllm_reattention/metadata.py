@@ -1,0 +1,142 @@
+"""vLLM's metadata, once per step, as tiles."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+
+from csrc_triton.layout import Scope, Tiles
+from vllm_reattention import compat
+from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.tiles import DecodeTiles, FreshPrompts, fresh_prompts, prefill_tiles
+
+logger = init_logger("vllm.reattention")
+
+
+@dataclass
+class ReAttentionMetadata:
+    scope: Scope  # of layers without a sliding window
+    tiles: list[Tiles]  # decode tokens, prefill tiles: those there are
+    block_table: Tensor  # [num_requests, max_blocks] int32
+    fresh: FreshPrompts | None  # instead of prefill tiles
+
+
+class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
+    """Splits a step into decode tokens, whose requests stand first, and prefill tiles."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.block_size = kv_cache_spec.block_size
+        config = ReAttentionConfig.read(vllm_config.additional_config)
+        trained_window = compat.trained_window(vllm_config.model_config)
+        self.scope = config.resolve(trained_window, self.block_size)
+        _refuse_mixture(vllm_config, trained_window)
+        if not isinstance(kv_cache_spec, SlidingWindowSpec):
+            self._introduce(config, trained_window)
+        scheduler = vllm_config.scheduler_config
+        rows = max(
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs * self.reorder_batch_threshold,
+            vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+        )
+        layers = vllm_config.compilation_config.static_forward_context
+        self.has_flash_attention = all(
+            layers[name].impl.flash_attention is not None for name in layer_names
+        )
+        self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
+        self.rows_selected = self.rows_dense = 0  # query tokens since start-up, by what they saw
+
+    def _introduce(self, config: ReAttentionConfig, trained_window: int) -> None:
+        scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
+        content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
+        logger.info_once(
+            "ReAttention: scope %d tokens (%d global + %d recalled + %d local), trained window %d, "
+            "all keys up to %d, scorer %s, summaries take %.1f %% of the KV cache",
+            (scope.global_blocks + scope.recall_blocks + scope.local_blocks) * size,
+            scope.global_blocks * size,
+            scope.recall_blocks * size,
+            scope.local_blocks * size,
+            trained_window,
+            scope.dense_blocks * size,
+            config.scorer,
+            100 * (1 - content / spec.state_content_size_bytes),
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ReAttentionMetadata:
+        step = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            step, self.reorder_batch_threshold
+        )
+        tiles, starts = [], step.query_start_loc
+        if num_decode_tokens:
+            decoded = starts[: num_decodes + 1], step.seq_lens[:num_decodes]
+            tiles.append(self.decode.fill(*decoded, num_decode_tokens))
+        fresh = None
+        if num_prefills and self.has_flash_attention:
+            fresh = fresh_prompts(
+                starts,
+                step.query_start_loc_cpu,
+                step.seq_lens_cpu_upper_bound,
+                num_decodes,
+                self.scope.dense_blocks * self.block_size,
+            )
+        if num_prefills and fresh is None:
+            tiles.append(
+                prefill_tiles(
+                    starts, step.query_start_loc_cpu, step.seq_lens, num_decodes, self.block_size
+                )
+            )
+        self._count(step)
+        max_blocks = -(-step.max_seq_len // self.block_size)
+        table = step.block_table_tensor[:, :max_blocks]
+        return ReAttentionMetadata(self.scope, tiles, table, fresh)
+
+    def _count(self, step: CommonAttentionMetadata) -> None:
+        if (seq_lens := step.seq_lens_cpu_upper_bound) is None:
+            return
+        num_tokens = step.query_start_loc_cpu.diff().numpy()
+        beyond = seq_lens.numpy() - self.scope.dense_blocks * self.block_size
+        selected = int(beyond.clip(0, num_tokens).sum())
+        self.rows_selected += selected
+        self.rows_dense += int(num_tokens.sum()) - selected
+
+
+def _refuse_mixture(vllm_config: VllmConfig, trained_window: int) -> None:
+    """A layer on another backend, as of a draft model, would rotate beyond its table."""
+    if vllm_config.model_config.max_model_len <= trained_window:
+        return
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if not isinstance(layer, Attention) or layer.attn_type != AttentionType.DECODER:
+            continue
+        if not compat.is_ours(layer):
+            raise ValueError(
+                f"all layers must run on reattention beyond the trained window, got {name} on "
+                f"{layer.attn_backend.get_name()}; lower --max-model-len to {trained_window} or "
+                "leave out its model or backend"
+            )

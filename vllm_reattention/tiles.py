@@ -1,0 +1,107 @@
+"""A step's requests as tiles, computed on the device: the host may not know how long they are."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from csrc_triton.layout import Tiles
+
+
+class DecodeTiles:
+    """One tile per token of requests with few new tokens: a speculated token selects as if it
+    were decoded alone. CUDA graphs replay what was captured with these tensors, so they stay.
+    """
+
+    def __init__(self, max_tokens: int, max_tokens_per_request: int, device: torch.device):
+        self.single = max_tokens_per_request == 1
+        self.row = torch.arange(max_tokens, dtype=torch.int32, device=device)
+        self.request, self.length, self.position = torch.zeros(
+            3, max_tokens, dtype=torch.int32, device=device
+        )
+
+    def fill(self, query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int) -> Tiles:
+        """The tiles of the first num_tokens rows; rows that only pad the batch get length 0.
+
+        query_start_loc  [num_requests + 1] int32, first row of each request
+        seq_lens         [num_requests] int32, length with the new tokens; 0: a padding request
+        """
+        row, request, length, position = (
+            column[:num_tokens] for column in (self.row, self.request, self.length, self.position)
+        )
+        if self.single and num_tokens <= len(seq_lens):  # the token of request i is row i
+            torch.sub(seq_lens[:num_tokens], 1, out=position).clamp_(min=0)
+            torch.clamp(seq_lens[:num_tokens], max=1, out=length)
+            return Tiles(row, row, length, position, max_length=1)
+        ends = query_start_loc[1:]
+        torch.searchsorted(ends, row, right=True, out_int32=True, out=request)
+        request.clamp_(max=len(ends) - 1)
+        torch.sub(seq_lens[request], ends[request] - row, out=position)
+        length.copy_((row < ends[-1]) & (position >= 0))
+        position.clamp_(min=0)
+        return Tiles(request, row, length, position, max_length=1)
+
+
+def prefill_tiles(
+    query_start_loc: Tensor,
+    query_start_loc_cpu: Tensor,
+    seq_lens: Tensor,
+    first_request: int,
+    block_size: int,
+) -> Tiles:
+    """One tile per block that a request's new tokens lie in, for requests from first_request on.
+
+    How many blocks that are depends on where the first new token lies, which is on the device. So
+    each request gets as many tiles as it could need, and a surplus one has length 0.
+    """
+
+    def most_tiles(num_tokens: Tensor) -> Tensor:
+        return (num_tokens + block_size - 2) // block_size + 1
+
+    num_tiles = int(most_tiles(query_start_loc_cpu[first_request:].diff()).sum())
+    starts, seq_lens = query_start_loc[first_request:], seq_lens[first_request:]
+    num_tokens = starts.diff()
+    bounds = most_tiles(num_tokens)
+    ends = bounds.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(num_tiles, dtype=torch.int32, device=starts.device)
+    request = torch.searchsorted(ends, tile, right=True, out_int32=True).clamp_(max=len(ends) - 1)
+    seq_len = seq_lens[request]
+    context = seq_len - num_tokens[request]
+    block = context // block_size + tile - (ends - bounds)[request]
+    position = torch.maximum(context, block * block_size)
+    length = (torch.minimum(seq_len, (block + 1) * block_size) - position).clamp_(min=0)
+    row = starts[request] + position - context
+    return Tiles(request + first_request, row, length, position, max_length=block_size)
+
+
+class FreshPrompts(NamedTuple):
+    """Prompts that start in this step and attend to all of themselves: plain causal attention."""
+
+    rows: slice  # of the step's tokens
+    starts: Tensor  # [num_prompts + 1] int32, first row of each among these
+    positions: Tensor  # [num_rows] int32
+    max_len: int
+
+
+def fresh_prompts(
+    query_start_loc: Tensor,
+    query_start_loc_cpu: Tensor,
+    seq_lens_cpu: Tensor | None,
+    first_request: int,
+    dense_limit: int,
+) -> FreshPrompts | None:
+    """The requests from first_request on, if each is a whole prompt within the dense limit.
+
+    seq_lens_cpu  [num_requests], exact for prompts; None: the host does not know
+    """
+    if seq_lens_cpu is None:
+        return None
+    lens = query_start_loc_cpu[first_request:].diff()
+    max_len = int(lens.max())
+    if max_len > dense_limit or not torch.equal(lens, seq_lens_cpu[first_request:][: len(lens)]):
+        return None
+    rows = slice(int(query_start_loc_cpu[first_request]), int(query_start_loc_cpu[-1]))
+    starts = query_start_loc[first_request:] - rows.start
+    row = torch.arange(rows.stop - rows.start, dtype=torch.int32, device=starts.device)
+    prompt = torch.searchsorted(starts[1:], row, right=True).clamp_(max=len(lens) - 1)
+    return FreshPrompts(rows, starts, row - starts[prompt], max_len)
