@@ -5,6 +5,7 @@ Benchmarks of retrieval hardly notice a small error; these figures do. needle.py
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from benchmarks import engines, harness
@@ -34,7 +35,19 @@ class Answer(NamedTuple):
 def answers_of_variants(
     chosen: dict[str, Any], prompts: list[Prompt], deadline: float
 ) -> Iterator[tuple[str, list[Answer]]]:
-    """What each variant of an engine answers, by name; the first is what others compare to."""
+    """What each variant of an engine answers, by name; the first is what others compare to.
+
+    Engines whose memory is fixed run side by side.
+    """
+    if chosen.get("kv_cache_memory_bytes"):
+        with ThreadPoolExecutor(len(VARIANTS)) as threads:
+            running = [
+                (names, threads.submit(engines.apart, ask, chosen | changed, prompts, len(names)))
+                for changed, names in VARIANTS
+            ]
+            for names, answers in running:
+                yield from zip(names, answers.result(), strict=True)
+        return
     for changed, names in engines.in_time(VARIANTS, lambda _: 1, deadline):
         yield from zip(
             names, engines.apart(ask, chosen | changed, prompts, len(names)), strict=True

@@ -84,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument(
+        "--kv-cache-memory-bytes", type=int, help="not all that is left: engines can share a GPU"
+    )
+    parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which nothing is started"
     )
 
@@ -95,6 +98,7 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
         "enforce_eager": options.enforce_eager,
         "kv_cache_dtype": options.kv_cache_dtype,
         "gpu_memory_utilization": options.gpu_memory_utilization,
+        "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
     }
 
 

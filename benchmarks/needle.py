@@ -147,10 +147,10 @@ def draw(model: str) -> None:
     for task, line in zip(tasks, grid, strict=True):
         for provider, axis in zip(providers, line, strict=True):
             cells = newest.get((task, provider), {})
-            axis.set_title(f"{task}, {provider}", fontsize=10)
             if not cells:
                 axis.axis("off")
                 continue
+            axis.set_title(f"{task}, {provider}", fontsize=10)
             lengths, depths = (sorted(set(values)) for values in zip(*cells, strict=True))
             image = [[cells.get((n, depth), float("nan")) for n in lengths] for depth in depths]
             axis.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -167,7 +167,10 @@ def draw(model: str) -> None:
 
 
 def short(tokens: int) -> str:
-    return f"{tokens / 1024:g}K" if tokens % 512 == 0 else str(tokens)
+    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
+        if tokens % (unit // 2) == 0:
+            return f"{tokens / unit:g}{name}"
+    return str(tokens)
 
 
 def main() -> None:
