@@ -7,6 +7,7 @@ A model that cannot prove this is refused, never served wrong.
 
 import inspect
 import weakref
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -147,14 +148,20 @@ def _prove_vllm(probe: _Probe, positions: str) -> Rope:
 def _prove_transformers(probe: _Probe) -> Rope:
     """A Transformers layer is handed cos and sin, made by one embedding for the whole model."""
     config = probe.parent.config
-    owned = [rope for rope in transformers_ropes if getattr(rope, "config", None) is config]
-    if len(owned) != 1:
-        raise Refused(f"its model must own one rotary embedding, owns {len(owned)}")
-    if "layer_type" in inspect.signature(owned[0].forward).parameters:
-        raise Refused("its rotary embedding must be the same in all layers")
+    owned = [
+        rope
+        for rope in transformers_ropes
+        if getattr(rope, "config", None) is config and not rope.inv_freq.is_meta  # a mere copy
+    ]
+    if not owned or "layer_type" in inspect.signature(owned[0].forward).parameters:
+        raise Refused("its model must own one rotary embedding for all layers")
 
     def embed(positions: Tensor) -> tuple[Tensor, Tensor]:
-        return owned[0](probe.states[None].float(), positions.to(probe.device)[None])
+        at = probe.states[None].float(), positions.to(probe.device)[None]
+        one, *others = (embedding(*at) for embedding in owned)  # others: of an earlier engine
+        if not all(_same(one, other) for other in others):
+            raise Refused(f"its model must rotate all layers alike, owns {len(owned)} embeddings")
+        return one
 
     def run(cos: Tensor, sin: Tensor) -> list[Tensor]:
         embeddings = cos.to(probe.states), sin.to(probe.states)
@@ -179,7 +186,7 @@ def _prove_transformers(probe: _Probe) -> Rope:
     return rope
 
 
-def _same(some: list[Tensor], others: list[Tensor]) -> bool:
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
