@@ -321,10 +321,10 @@ def plot() -> None:
     rows = harness.read(harness.RESULTS / "kernels.csv")
     newest = {}
     for row in rows:
-        if row["metric"] == "attention" and row["batch"] == "1" and row["heads"] == "32":
-            if row["dtype"] == "bfloat16":
-                key = (row["figure"], row["provider"], int(row["context_len"]))
-                newest[key] = float(row["p50"])
+        shown = row["metric"], row["batch"], row["heads"], row["dtype"]
+        if shown == ("attention", "1", "32", "bfloat16"):
+            key = (row["figure"], row["provider"], int(row["context_len"]))
+            newest[key] = float(row["p50"])
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     titles = {"decode": "decode, one token", "prefill": f"prefill, {NEW_TOKENS} new tokens"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):

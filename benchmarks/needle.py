@@ -26,11 +26,10 @@ ROOM = 64  # tokens that max_model_len has for a prompt's answer
 
 
 def make_prompts(options: argparse.Namespace, context_len: int) -> list[Prompt]:
-    """Samples of one length: tasks x depths x keys."""
-    last = max(options.depths - 1, 1)
+    """Samples of one length: tasks x depths (the middles of equal parts) x keys."""
     make = Prompts(options.model).make
     return [
-        make(task, context_len, step / last, f"{options.seed} {key}")
+        make(task, context_len, (step + 0.5) / options.depths, f"{options.seed} {key}")
         for task in options.tasks
         for step in range(options.depths)
         for key in range(options.keys)

@@ -36,7 +36,8 @@ def fact(adjective: str, noun: str, code: str) -> str:
 
 def question(adjective: str, noun: str) -> str:
     """What the model completes with a space and the code."""
-    return f"\nQuestion: What is the secret code of the {adjective} {noun}?\nAnswer:"
+    name = f"the secret code of the {adjective} {noun}"
+    return f"\nQuestion: What is {name}?\nAnswer: The{name.removeprefix('the')} is"
 
 
 @functools.cache

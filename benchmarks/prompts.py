@@ -41,7 +41,7 @@ def passkey(rng: random.Random) -> Wording:
     return Wording(
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
         "them. I will quiz you about the important information there.\n",
-        f" The pass key is {key}. Remember it. {key} is the pass key.",
+        f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n",
         "\nWhat is the pass key?",
         " The pass key is",
         key,

@@ -14,6 +14,8 @@ from torch import Tensor
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
 from csrc_triton.primitives import LOG2E, cap_logits, source_channel, tile_slots
 
+MAX_SPLITS = 64  # of a scope
+
 
 @triton.jit
 def _find_pages(
@@ -36,7 +38,7 @@ def _load_keys(
     HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
     PAD_HALF: tl.constexpr, PAD_REST: tl.constexpr,
 ):  # fmt: skip
-    """The three parts of KEYS keys: [slots, block_size, channels] where they turn, else [KEYS, .]."""
+    """The parts of KEYS keys: [slots, block_size, channels] of those that turn, [KEYS, rest]."""
     offset = tl.arange(0, BLOCK_SIZE)
     row = (page.to(tl.int64) * cache_stride_block)[:, None] + (offset * HEAD_SIZE)[None, :]
     first = 0.0
@@ -139,7 +141,7 @@ def _attend_keys(
     return new_best, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attend_scope_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
@@ -153,12 +155,13 @@ def _attend_scope_kernel(
     cos_sin_ptr,  # [num_positions, 2, half]
     sink_ptr,  # [num_heads], or null
     out_ptr,  # [num_tokens, num_heads, head_size]
-    partial_ptr,  # [num_tiles, num_kv_heads, SPLITS, MAX_ROWS, head_size], or null
-    log_mass_ptr,  # [num_tiles, num_kv_heads, SPLITS, MAX_ROWS] log2, or null
+    partial_ptr,  # [num_tiles, num_kv_heads, splits, MAX_ROWS, head_size], or null
+    log_mass_ptr,  # [num_tiles, num_kv_heads, splits, MAX_ROWS] log2, or null
     scale,  # of the logits, times the keys' scale
     value_scale,
     query_scale,
     soft_cap,
+    splits,
     query_stride_token,
     query_stride_head,
     out_stride_token,
@@ -179,7 +182,7 @@ def _attend_scope_kernel(
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MERGES: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     TURNS_QUERY: tl.constexpr,
@@ -241,7 +244,7 @@ def _attend_scope_kernel(
     # KEYS at a time, split so that every program starts on a multiple; only a window's first keys
     # and the tile's own block need a mask.
     num_keys = num_slots * BLOCK_SIZE
-    per_split = tl.cdiv(tl.cdiv(num_keys, KEYS), SPLITS) * KEYS
+    per_split = tl.cdiv(tl.cdiv(num_keys, KEYS), splits) * KEYS
     start = split_idx * per_split
     end = tl.minimum(start + per_split, num_keys)
     own_start = (num_keys - BLOCK_SIZE) // KEYS * KEYS
@@ -308,8 +311,8 @@ def _attend_scope_kernel(
 
     head_offs = tl.arange(0, PAD_HEAD)
     out_mask = row_mask[:, None] & (head_offs < HEAD_SIZE)[None, :]
-    if SPLITS > 1:
-        at = (out_row * SPLITS + split_idx) * MAX_ROWS + row_offs
+    if MERGES:
+        at = (out_row * splits + split_idx) * MAX_ROWS + row_offs
         tl.store(
             log_mass_ptr + at, tl.where(total > 0, best + tl.log2(total), -1e30), mask=row_mask
         )
@@ -327,21 +330,22 @@ def _attend_scope_kernel(
         tl.store(out_ptr + at[:, None] + head_offs[None, :], acc.to(dtype), mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_splits_kernel(
-    partial_ptr,  # [num_tiles, num_kv_heads, SPLITS, MAX_ROWS, head_size]
-    log_mass_ptr,  # [num_tiles, num_kv_heads, SPLITS, MAX_ROWS] log2
+    partial_ptr,  # [num_tiles, num_kv_heads, splits, MAX_ROWS, head_size]
+    log_mass_ptr,  # [num_tiles, num_kv_heads, splits, MAX_ROWS] log2
     row_ptr,  # [num_tiles]
     length_ptr,
     sink_ptr,  # [num_heads], or null
     out_ptr,  # [num_tokens, num_heads, head_size]
     value_scale,
+    splits,
     out_stride_token,
     out_stride_head,
     HEAD_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PAD_HEAD: tl.constexpr,
 ):
@@ -352,10 +356,11 @@ def _merge_splits_kernel(
         return
     out_row = tile_idx * tl.num_programs(1) + kv_head
     head_idx = kv_head * GROUP + tile_row % GROUP
-    split_offs = tl.arange(0, SPLITS)
+    split_offs = tl.arange(0, MAX_SPLITS)
     head_offs = tl.arange(0, PAD_HEAD)
-    part_row = (out_row * SPLITS + split_offs) * MAX_ROWS + tile_row
-    log_mass = tl.load(log_mass_ptr + part_row)
+    part_row = (out_row * splits + split_offs) * MAX_ROWS + tile_row
+    split_mask = split_offs < splits
+    log_mass = tl.load(log_mass_ptr + part_row, mask=split_mask, other=-1e30)
     best = tl.max(log_mass, axis=0)
     if HAS_SINKS:
         sink = tl.load(sink_ptr + head_idx).to(tl.float32) * LOG2E
@@ -366,7 +371,7 @@ def _merge_splits_kernel(
         total += tl.exp2(sink - best)
     partial = tl.load(
         partial_ptr + part_row[:, None] * HEAD_SIZE + head_offs[None, :],
-        mask=(head_offs < HEAD_SIZE)[None, :],
+        mask=split_mask[:, None] & (head_offs < HEAD_SIZE)[None, :],
         other=0.0,
     )
     merged = tl.sum(partial * weight[:, None], axis=0) / total * value_scale
@@ -401,12 +406,12 @@ def attend(
     max_rows = tiles.max_length * group
     rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
     row_parts = math.ceil(max_rows / rows)
-    keys, warps, stages = _tile_sizes(rows, head_size)
+    keys, warps, stages, wanted = _tile_sizes(tiles.max_length == 1, rows, head_size)
     keys = max(keys, block_size)
     splits = 1
     if tiles.max_length == 1:
         programs = num_tiles * num_kv_heads * row_parts
-        splits = min(triton.next_power_of_2(max(1, 264 // programs)), 64)
+        splits = min(triton.next_power_of_2(max(1, wanted // programs)), MAX_SPLITS)
     partial = log_mass = None
     if splits > 1:
         shape = (num_tiles, num_kv_heads, splits, max_rows)
@@ -428,6 +433,7 @@ def attend(
         pages.value_scale,
         rotary.query_scale,
         soft_cap,
+        splits,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -448,7 +454,7 @@ def attend(
         MAX_ROWS=max_rows,
         ROWS=rows,
         KEYS=keys,
-        SPLITS=splits,
+        MERGES=splits > 1,
         HAS_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
         TURNS_QUERY=tiles.max_length == 1 and keys == block_size,
@@ -467,20 +473,21 @@ def attend(
             sinks,
             out,
             pages.value_scale,
+            splits,
             out.stride(0),
             out.stride(1),
             HEAD_SIZE=head_size,
             GROUP=group,
             MAX_ROWS=max_rows,
-            SPLITS=splits,
+            MAX_SPLITS=MAX_SPLITS,
             HAS_SINKS=sinks is not None,
             PAD_HEAD=triton.next_power_of_2(head_size),
             num_warps=4,
         )
 
 
-def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
-    """Keys per step, warps and stages, from a sweep on an H200."""
-    if head_size > 128:
-        return 32, 4 if rows <= 64 else 8, 1
-    return (32, 4, 1) if rows <= 16 else (64, 4 if rows <= 64 else 8, 1)
+def _tile_sizes(single: bool, rows: int, head_size: int) -> tuple[int, int, int, int]:
+    """Keys per step, warps, stages, and programs to aim at, from a sweep on an H200."""
+    if single:
+        return 32, 2, 1, 528
+    return (64 if head_size <= 128 else 32), 4 if rows <= 64 else 8, 1, 264

@@ -22,7 +22,7 @@ def _order_key(score):
 
 @triton.jit
 def _take_largest(key, k):
-    """Which of key are the k largest (of equals, the first; never -1), and their places in order."""
+    """Which of key are the k largest (of equals, the first; never -1), and their places."""
     found = 0
     for step in range(11):
         unit = 1 << (20 - 2 * step)
@@ -42,7 +42,7 @@ def _take_largest(key, k):
     return takes, tl.cumsum(takes.to(tl.int32), 0) - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_runs"])
 def _best_of_runs_kernel(
     score_ptr,  # [num_tiles, num_kv_heads, n]
     extent_ptr,  # [num_tiles], or null
@@ -71,7 +71,7 @@ def _best_of_runs_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_runs"])
 def _recall_blocks_kernel(
     score_ptr,  # [num_tiles, num_kv_heads, n]
     extent_ptr,  # [num_tiles]: columns of score that count; or null
@@ -179,7 +179,7 @@ def recall_blocks(
         HAS_NAMES=blocks is not None,
         TWO_ROUNDS=two_rounds,
         RUN=run,
-        PAD_RUNS=triton.next_power_of_2(max(num_runs, 1)),
+        PAD_RUNS=MAX_RUNS,
         num_warps=4 if padded * run <= 1024 else 8 if padded * run <= 8192 else 16,
     )
     return out

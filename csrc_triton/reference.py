@@ -73,6 +73,8 @@ def write_kv(
     )
 
     full = block[offset == block_size - 1]
+    if not len(full):
+        return
     raw = _unrotate(_wide(pages.key[full]) * pages.key_scale, rotary.cos_sin[:block_size])
     variance, mean = torch.var_mean(raw, dim=2, correction=0)
     pages.summary[full] = torch.stack((mean, variance), dim=2).to(pages.summary.dtype)

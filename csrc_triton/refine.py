@@ -1,9 +1,9 @@
 """refine_scores: the candidates' shares of the softmax, from their keys.
 
-q.k is R(i)q . R(i)k, and the cache holds R(i)k. Single queries, bound by reading the keys, take them
-block by block and turn them back. A tile of many queries, bound by the products, takes the keys of
-one offset from many blocks, so that its queries are turned once for all of these and keys go
-straight from the page into the product.
+q.k is R(i)q . R(i)k, and the cache holds R(i)k. Single queries, bound by reading the keys, take
+them block by block and turn them back. A tile of many queries, bound by the products, takes the
+keys of one offset from many blocks, so that its queries are turned once for all of these and keys
+go straight from the page into the product.
 """
 
 import math
@@ -17,7 +17,7 @@ from csrc_triton.layout import Pages, Rotary, Tiles
 from csrc_triton.primitives import LOG2E, cap_logits, source_channel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _refine_blocks_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
@@ -33,6 +33,7 @@ def _refine_blocks_kernel(
     query_scale,
     soft_cap,
     num_candidates,
+    splits,
     query_stride_token,
     query_stride_head,
     table_stride,
@@ -46,7 +47,6 @@ def _refine_blocks_kernel(
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     CANDIDATES: tl.constexpr,
-    SPLITS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PAD_HALF: tl.constexpr,
     PAD_REST: tl.constexpr,
@@ -58,7 +58,7 @@ def _refine_blocks_kernel(
     split_idx = tl.program_id(2)
     out_row = tile_idx * tl.num_programs(1) + head_idx
     num_rows = tl.load(length_ptr + tile_idx) * GROUP
-    per_split = tl.cdiv(tl.cdiv(num_candidates, CANDIDATES), SPLITS) * CANDIDATES
+    per_split = tl.cdiv(tl.cdiv(num_candidates, CANDIDATES), splits) * CANDIDATES
     start = split_idx * per_split
     end = tl.minimum(start + per_split, num_candidates)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
@@ -295,6 +295,8 @@ def refine_scores(
         rotary.query_scale,
         soft_cap,
         num_candidates,
+    )
+    strides = (
         query.stride(0),
         query.stride(1),
         block_table.stride(0),
@@ -302,7 +304,7 @@ def refine_scores(
         pages.key.stride(1),
     )
     single = tiles.max_length == 1
-    at_once, warps, stages = _tile_sizes(single, rows, head_size, block_size)
+    at_once, warps, stages, wanted = _tile_sizes(single, rows, head_size, block_size)
     fixed = {
         "HEAD_SIZE": head_size,
         "HALF": rotary.half,
@@ -320,15 +322,15 @@ def refine_scores(
     }
     parts = math.ceil(num_candidates / at_once)
     if not single:
-        _refine_offsets_kernel[(num_tiles, num_kv_heads, parts)](*arguments, **fixed)
+        _refine_offsets_kernel[(num_tiles, num_kv_heads, parts)](*arguments, *strides, **fixed)
         return score
-    splits = min(parts, max(1, 2112 // (num_tiles * num_kv_heads)))
-    _refine_blocks_kernel[(num_tiles, num_kv_heads, splits)](*arguments, **fixed, SPLITS=splits)
+    splits = min(parts, max(1, wanted // (num_tiles * num_kv_heads)))
+    _refine_blocks_kernel[(num_tiles, num_kv_heads, splits)](*arguments, splits, *strides, **fixed)
     return score
 
 
-def _tile_sizes(single: bool, rows: int, head_size: int, block_size: int) -> tuple[int, int, int]:
-    """Candidates per step, warps and stages, from a sweep on an H200."""
+def _tile_sizes(single: bool, rows: int, head_size: int, block_size: int) -> tuple[int, ...]:
+    """Candidates per step, warps, stages, and programs to aim at, from a sweep on an H200."""
     if single:
-        return max(64 // block_size, 1), 4, 1
-    return 64, 8 if rows > 64 else 4, 2 if head_size > 128 else 3
+        return 1, 2, 1, 2112
+    return 64, 8 if rows > 64 else 4, 2 if head_size > 128 else 3, 0

@@ -16,6 +16,8 @@ from torch import Tensor
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
 from csrc_triton.primitives import LOG2E, source_channel, tile_slots
 
+MAX_SPLITS = 64  # of the block axis
+
 
 @triton.jit
 def _load_rows(
@@ -79,7 +81,7 @@ def _log_mass(
     return tl.where(block_mask[None, :], mass, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks", "splits"])
 def _sum_mass_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     summary_ptr,  # [num_blocks, num_kv_heads, 2, head_size]
@@ -93,6 +95,7 @@ def _sum_mass_kernel(
     scale,
     query_scale,
     max_blocks,
+    splits,
     query_stride_token,
     query_stride_head,
     table_stride,
@@ -110,7 +113,6 @@ def _sum_mass_kernel(
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SPLITS: tl.constexpr,
     KEEPS_MASS: tl.constexpr,
     SAMPLE_FROM: tl.constexpr,
     SAMPLE_EVERY: tl.constexpr,
@@ -124,9 +126,7 @@ def _sum_mass_kernel(
     split_idx = tl.program_id(2)
     num_rows = tl.load(length_ptr + tile_idx) * GROUP
     block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    num_global, num_recalled, local = tile_slots(
-        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0
-    )
+    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
     if (num_rows == 0) | (num_recalled == 0):
         return
     query, square = _load_rows(
@@ -141,7 +141,7 @@ def _sum_mass_kernel(
         every = tl.where(local >= SAMPLE_FROM, SAMPLE_EVERY, 1)
     count = GLOBAL + tl.cdiv(local - GLOBAL, every)
     # BLOCKS at a time, split so that every program starts on a multiple
-    per_split = tl.cdiv(tl.cdiv(count, BLOCKS), SPLITS) * BLOCKS
+    per_split = tl.cdiv(tl.cdiv(count, BLOCKS), splits) * BLOCKS
     start = split_idx * per_split
     end = tl.minimum(start + per_split, count)
     best = tl.full([ROWS], -1e30, tl.float32)
@@ -165,13 +165,13 @@ def _sum_mass_kernel(
         total += tl.sum(tl.exp2(mass - new_best[:, None]), axis=1)
         best = new_best
     tl.store(
-        partial_ptr + (out_row * MAX_ROWS + row_offs) * SPLITS + split_idx,
+        partial_ptr + (out_row * MAX_ROWS + row_offs) * splits + split_idx,
         tl.where(total > 0, best + tl.log2(total), -1e30),
         mask=row_offs < num_rows,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks", "partials", "splits"])
 def _share_mass_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     summary_ptr,  # [num_blocks, num_kv_heads, 2, head_size]
@@ -188,6 +188,8 @@ def _share_mass_kernel(
     scale,
     query_scale,
     max_blocks,
+    partials,
+    splits,
     query_stride_token,
     query_stride_head,
     table_stride,
@@ -205,8 +207,7 @@ def _share_mass_kernel(
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    PARTIALS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     KEEPS_MASS: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -217,9 +218,7 @@ def _share_mass_kernel(
     split_idx = tl.program_id(2)
     num_rows = tl.load(length_ptr + tile_idx) * GROUP
     block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    num_global, num_recalled, local = tile_slots(
-        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0
-    )
+    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
     selects = (num_rows > 0) & (num_recalled > 0)
     if (head_idx == 0) & (split_idx == 0):
         tl.store(extent_ptr + tile_idx, tl.where(selects, local, 0))
@@ -233,8 +232,8 @@ def _share_mass_kernel(
         return
 
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
-    partial_offs = tl.arange(0, PARTIALS)
-    per_split = tl.cdiv(tl.cdiv(local, BLOCKS), SPLITS) * BLOCKS
+    partial_offs = tl.arange(0, MAX_SPLITS)
+    per_split = tl.cdiv(tl.cdiv(local, BLOCKS), splits) * BLOCKS
     start = split_idx * per_split
     end = tl.minimum(start + per_split, local)
     for part in tl.static_range(ROW_PARTS):
@@ -242,10 +241,10 @@ def _share_mass_kernel(
         row_mask = row_offs < num_rows
         partial = tl.load(
             partial_ptr
-            + (out_row * MAX_ROWS + row_offs)[:, None] * PARTIALS
+            + (out_row * MAX_ROWS + row_offs)[:, None] * partials
             + partial_offs[None, :],
-            mask=row_mask[:, None],
-            other=0.0,
+            mask=row_mask[:, None] & (partial_offs < partials)[None, :],
+            other=-1e30,
         )
         best = tl.max(partial, axis=1)
         total = best + tl.log2(tl.sum(tl.exp2(partial - best[:, None]), axis=1))
@@ -318,6 +317,8 @@ def score_blocks(
         scale,
         rotary.query_scale,
         max_blocks,
+    )
+    strides = (
         query.stride(0),
         query.stride(1),
         block_table.stride(0),
@@ -342,7 +343,7 @@ def score_blocks(
     }
     row_parts = math.ceil(max_rows / rows)
     _sum_mass_kernel[(num_tiles * row_parts, num_kv_heads, splits)](
-        *tensors, *numbers, **fixed, BLOCKS=blocks, SPLITS=splits,
+        *tensors, *numbers, splits, *strides, **fixed, BLOCKS=blocks,
         SAMPLE_FROM=scope.sample_from, SAMPLE_EVERY=Scope.SAMPLE_EVERY, num_warps=warps,
     )  # fmt: skip
     share_splits, share_blocks = (splits, blocks)
@@ -350,8 +351,8 @@ def score_blocks(
         share_blocks = 256
         share_splits = _splits(num_tiles * num_kv_heads, 264)
     _share_mass_kernel[(num_tiles, num_kv_heads, share_splits)](
-        *tensors, score, extent, log_mass, *numbers, **fixed,
-        BLOCKS=share_blocks, PARTIALS=splits, SPLITS=share_splits,
+        *tensors, score, extent, log_mass, *numbers, splits, share_splits, *strides, **fixed,
+        BLOCKS=share_blocks, MAX_SPLITS=MAX_SPLITS,
         num_warps=4 if keeps_mass else warps,
     )  # fmt: skip
     return score, extent, log_mass
@@ -366,4 +367,4 @@ def _tile_sizes(rows: int, head_size: int, keeps_mass: bool) -> tuple[int, int, 
 
 def _splits(programs: int, wanted: int) -> int:
     """Parts of the block axis, a power of two, so that about `wanted` programs run."""
-    return min(triton.next_power_of_2(max(1, wanted // max(programs, 1))), 64)
+    return min(triton.next_power_of_2(max(1, wanted // max(programs, 1))), MAX_SPLITS)

@@ -1,6 +1,7 @@
 """Each kernel against its reference: on a GPU where there is one, else in Triton's interpreter."""
 
 import os
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ if not torch.cuda.is_available() and "OFFLINE" not in os.environ:
 from csrc_triton import kernels, reference
 from csrc_triton.layout import Pages, Scope
 from tests.cases import Case
+from vllm_reattention import attention
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -185,3 +187,22 @@ def test_recall_among_named_blocks(kind):
     names = names.contiguous().to(DEVICE)
     actual = kernels.recall_blocks(score, 8, blocks=names)
     assert torch.equal(actual, reference.recall_blocks(score, 8, blocks=names))
+
+
+@pytest.mark.parametrize("scope", [Scope(1, 4, 3, 8, 8), Scope(0, 0, 0, 0, window=50)], ids=str)
+def test_warm_up_runs_every_stage_and_writes_nothing(scope, monkeypatch):
+    launched = []
+
+    def counted(name):
+        stage = getattr(kernels, name)
+        return lambda *args, **kwargs: launched.append(name) or stage(*args, **kwargs)
+
+    everything = types.SimpleNamespace(**{name: counted(name) for name in kernels.__all__})
+    monkeypatch.setattr(attention, "stages", lambda device: everything)
+    inputs = DECODE[0].build(torch.float16, DEVICE)
+    cache_dtype = torch.float8_e4m3fn if ON_GPU else torch.float16
+    counts = {1: {1, 5}, 16: {3}}
+    given = (inputs.query, 2, cache_dtype, counts, 40, 16, scope, inputs.rotary, inputs.scale)
+    attention.warm_up(*given)
+    selects = {"score_blocks", "recall_blocks", "refine_scores"} if scope.recall_blocks else set()
+    assert set(launched) == {"write_kv", "attend"} | selects

@@ -25,7 +25,8 @@ SHORT, LONG = [
     for lengths in ((7, 33, 100), (1100,))
 ]
 # Small enough to leave blocks out within some hundred tokens
-SMALL = dict(additional_config={"reattention": dict(local_size=96, recall_size=64)})
+SIZES = dict(local_size=96, recall_size=64, dense_limit=192)
+SMALL = dict(additional_config={"reattention": SIZES})
 
 
 @pytest.fixture(scope="session")
@@ -98,10 +99,10 @@ def test_scopes_differ_in_what_they_say(folder, engine):
     """Had selection no effect beyond the window, all of these would agree."""
     model = make("llama", folder)
     numbers = [
-        dict(local_size=96, recall_size=64),
-        dict(local_size=96, recall_size=64, scorer="summary"),
-        dict(local_size=96, recall_size=0),
-        dict(local_size=160, recall_size=0),
+        SIZES,
+        SIZES | dict(scorer="summary"),
+        SIZES | dict(recall_size=0),
+        SIZES | dict(recall_size=0, local_size=160),
     ]
     said = []
     for n in numbers:

@@ -25,7 +25,8 @@ def stages(device: torch.device) -> ModuleType:
 def tiles_per_run(num_heads: int, num_kv_heads: int, max_length: int, max_blocks: int) -> int:
     """How many tiles the selection takes at once."""
     per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
-    return max(1, SELECTION_BYTES // (4 * per_block * max_blocks))
+    # a multiple of 4: kernels are compiled once for rows that start on 16 bytes
+    return max(4, SELECTION_BYTES // (4 * per_block * max_blocks) // 4 * 4)
 
 
 def select(
@@ -88,3 +89,39 @@ def reattention(
         stage.attend(
             query, pages, block_table, part, recalled, scope, rotary, scale, out, soft_cap, sinks
         )
+
+
+def warm_up(
+    query: Tensor,
+    num_kv_heads: int,
+    cache_dtype: torch.dtype,
+    tile_counts: dict[int, set[int]],
+    max_blocks: int,
+    block_size: int,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> None:
+    """Compile what a server will run and touch the memory it will take, with nothing to do.
+
+    query        [num_tokens, num_heads, head_size], strided as it will be; any values
+    cache_dtype  of keys and values
+    tile_counts  numbers of tiles to try, by their max_length
+    """
+    stage, head_size, device = stages(query.device), query.shape[2], query.device
+    key = torch.zeros((1, num_kv_heads, block_size, head_size), dtype=cache_dtype, device=device)
+    pages = Pages(key, key.clone(), query.new_zeros((1, num_kv_heads, 2, head_size)))
+    nowhere = torch.full((1,), -1, device=device)
+    raw = query.new_zeros((1, num_kv_heads, head_size))
+    stage.write_kv(raw, raw, pages, nowhere, rotary)
+    block_table = torch.zeros((1, max_blocks), dtype=torch.int32, device=device)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for max_length, counts in tile_counts.items():
+        for num_tiles in counts:
+            nothing = torch.zeros(num_tiles, dtype=torch.int32, device=device)
+            tiles = Tiles(nothing, nothing, nothing, nothing, max_length)
+            reattention(
+                query, pages, block_table, tiles, scope, rotary, scale, out, soft_cap, sinks
+            )

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from csrc_triton.layout import Pages, Rotary, Scope
 from vllm_reattention import compat
-from vllm_reattention.attention import reattention, stages, tiles_per_run
+from vllm_reattention.attention import reattention, stages, warm_up
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder
 from vllm_reattention.pages import bytes_per_token, pages_of
@@ -25,6 +25,7 @@ from vllm_reattention.rope import Refused, Rope, Site
 from vllm_reattention.tiles import FreshPrompts
 
 ELSEWHERE = "choose another attention backend"
+MANY_TILES = 1024  # so many single queries need not split their scopes over programs
 
 
 class ReAttentionBackend(AttentionBackend):
@@ -222,7 +223,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         if attn_metadata is None:
-            self._reserve(query)
+            self._warm_up(query, key)
             return output.fill_(0)
         scope = attn_metadata.scope
         if self.window:
@@ -271,20 +272,32 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         scales = layer._k_scale_float, layer._v_scale_float
         return pages_of(kv_cache, self.head_size, self.summary_dtype, scales)
 
-    def _reserve(self, query: Tensor) -> None:
-        """In the profile run: touch the most scratch a step may take, so vLLM leaves it free."""
-        if self.window or query.device.type == "cpu":
+    def _warm_up(self, query: Tensor, key: Tensor) -> None:
+        """In the profile run: compile every kernel, and let vLLM see the most memory they take."""
+        if query.device.type == "cpu":
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
         scope = self.config.resolve(self.trained_window, block_size)
-        max_blocks = -(-self.max_model_len // block_size)
-        if max_blocks <= scope.dense_blocks or not scope.recall_blocks:
-            return
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        run = tiles_per_run(heads, kv_heads, 1, max_blocks)
-        decode = min(run, self.scheduler_config.max_num_seqs) * (heads + kv_heads) * max_blocks
-        run = tiles_per_run(heads, kv_heads, block_size, max_blocks)
-        tiles = min(run, self.scheduler_config.max_num_batched_tokens // block_size)
-        chosen = 2 * scope.candidate_blocks + scope.recall_blocks
-        prefill = tiles * (kv_heads * (max_blocks + chosen) + heads * block_size)
-        query.new_empty(max(decode, prefill), dtype=torch.float32)
+        if self.window:
+            scope = Scope(0, 0, 0, 0, window=self.window)
+        singles = min(self.scheduler_config.max_num_seqs, len(query))
+        prompts = len(query) // block_size + self.scheduler_config.max_num_seqs
+        warm_up(
+            query,
+            self.num_kv_heads,
+            torch.float8_e4m3fn if self.kv_cache_dtype.startswith("fp8") else query.dtype,
+            {1: {1, singles, MANY_TILES}, block_size: {prompts}},
+            -(-self.max_model_len // block_size),
+            block_size,
+            scope,
+            self.rotary,
+            self.scale,
+            self.soft_cap,
+            self.sinks,
+        )
+        if self.flash_attention is not None:
+            positions = torch.zeros(len(query), dtype=torch.int32, device=query.device)
+            rotate_rows = stages(query.device).rotate_rows
+            turned = rotate_rows(query, positions, self.rotary, self.rotary.query_scale)
+            rotate_rows(key, positions, self.rotary)
+            del turned
