@@ -490,4 +490,4 @@ def _tile_sizes(single: bool, rows: int, head_size: int) -> tuple[int, int, int,
     """Keys per step, warps, stages, and programs to aim at, from a sweep on an H200."""
     if single:
         return 32, 2, 1, 528
-    return (64 if head_size <= 128 else 32), 4 if rows <= 64 else 8, 1, 264
+    return 32, 4 if head_size <= 128 else 8, 1, 264

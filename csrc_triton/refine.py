@@ -332,5 +332,5 @@ def refine_scores(
 def _tile_sizes(single: bool, rows: int, head_size: int, block_size: int) -> tuple[int, ...]:
     """Candidates per step, warps, stages, and programs to aim at, from a sweep on an H200."""
     if single:
-        return 1, 2, 1, 2112
+        return max(64 // block_size, 1), 2, 1, 2112
     return 64, 8 if rows > 64 else 4, 2 if head_size > 128 else 3, 0

@@ -7,7 +7,7 @@ from csrc_triton.layout import Scope
 
 KEY = "reattention"
 Scorer = Literal["refined", "summary"]
-DEFAULT_SCOPE = 8192  # tokens; at most half the trained window
+DEFAULT_SCOPE = 8192
 CANDIDATES_PER_RECALLED = 4
 
 
@@ -15,14 +15,10 @@ CANDIDATES_PER_RECALLED = 4
 class ReAttentionConfig:
     """Sizes in tokens; None is derived from the model's trained window.
 
-    The default scope is half the trained window, 8192 tokens at most: models are at their best well
-    inside their window.
-
     global_size   first tokens, always attended to; default 32, at least one block
     local_size    last tokens, always attended to; default half the scope
     recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
-    dense_limit   up to here a query attends to everything; default the trained window, 8192 tokens
-                  at most, but no less than the scope
+    dense_limit   up to here a query attends to everything; default the scope
     scorer        refined: the best candidates are scored again from their keys
                   summary: blocks are ranked by their summaries alone
     """
@@ -64,16 +60,14 @@ class ReAttentionConfig:
         def whole(size: int) -> int:
             return size // block_size * block_size
 
-        size = whole(min(DEFAULT_SCOPE, trained_window // 2))
+        size = whole(min(DEFAULT_SCOPE, trained_window))
         first = max(32, block_size) if self.global_size is None else self.global_size
-        local = max(whole(size // 2), block_size) if self.local_size is None else self.local_size
+        local = whole(size // 2) if self.local_size is None else self.local_size
         recall = self.recall_size
         if recall is None:
             recall = max(size - first - local, 0)
         total = first + recall + local
-        dense = self.dense_limit
-        if dense is None:
-            dense = max(total, whole(min(DEFAULT_SCOPE, trained_window)))
+        dense = total if self.dense_limit is None else self.dense_limit
 
         sizes = dict(global_size=first, local_size=local, recall_size=recall, dense_limit=dense)
         for name, tokens in sizes.items():
@@ -93,7 +87,7 @@ class ReAttentionConfig:
         if not total <= dense <= trained_window:
             raise ValueError(
                 f"dense_limit must lie between the scope of {total} tokens and the trained "
-                f"window of {trained_window}, got {dense}; leave it out to get a good one"
+                f"window of {trained_window}, got {dense}; leave it out to get {total}"
             )
         refined = self.scorer == "refined"
         return Scope(

@@ -1,0 +1,227 @@
+"""A fact hidden far beyond a model's trained window, asked for over HTTP: ours beside stock vLLM.
+
+    python -m benchmarks.demo            what `make demo` runs
+
+Starts vLLM's OpenAI-compatible server on our tiny model twice: with reattention, then with vLLM's
+own backend and max_position_embeddings raised, so that it runs at all. Both get the same prompts:
+one within the trained window, to show that the server is sound, and one 64 times as long for each
+depth. The exit status tells whether reattention found everything.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import tokenizers
+
+from benchmarks import needle_text
+
+MODEL = Path(__file__).parents[1] / "tests" / "tiny-needle"
+SETTINGS = {"global_size": 32, "local_size": 128, "recall_size": 352}  # the whole window
+TIMES = 64  # the trained window
+DEPTHS = (0.1, 0.5, 0.9)
+ANSWER_LEN = 8  # tokens: a space, five digits, the end
+START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 600, 1200, 30
+
+# One thread: the reference works on small tensors, and threads that share a core with others
+# wait for each other far longer than they work.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+}
+LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Task(NamedTuple):
+    length: int  # tokens
+    depth: float
+    prompt: str
+    code: str
+
+    @property
+    def question(self) -> str:
+        return self.prompt.splitlines()[-2]
+
+
+class Server(NamedTuple):
+    process: subprocess.Popen
+    url: str
+    log: IO[str]
+
+    def post(self, path: str, body: dict) -> dict:
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with LOCAL.open(request, timeout=ANSWER_SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise SystemExit(f"the server refused: {error.read().decode()}") from None
+        except OSError as error:
+            raise SystemExit(f"{error}\n{self.written()[-4000:]}") from None
+
+    def is_ready(self) -> bool:
+        try:
+            with LOCAL.open(f"{self.url}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def written(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+
+def trained_window(model: Path) -> int:
+    return json.loads((model / "config.json").read_text())["max_position_embeddings"]
+
+
+def make_tasks(model: Path, seed: int) -> list[Task]:
+    """A prompt within the trained window, and one far beyond it for each depth."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    window = trained_window(model)
+    places = [(window - ANSWER_LEN, 0.5), *((TIMES * window, depth) for depth in DEPTHS)]
+    return [
+        Task(length, depth, *needle_text.make_prompt(count(tokenizer), length, depth, seed + index))
+        for index, (length, depth) in enumerate(places)
+    ]
+
+
+def count(tokenizer: tokenizers.Tokenizer):
+    return lambda text: len(tokenizer.encode(text).ids)
+
+
+def flags(model: Path, backend: str, on_gpu: bool) -> list[str]:
+    """What the server is started with."""
+    max_len = TIMES * trained_window(model) + 64
+    chosen = {
+        "model": model,
+        "max-model-len": max_len,
+        "attention-backend": backend,
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "max-num-seqs": 1,
+        "max-num-batched-tokens": 2048,
+    }
+    if on_gpu:
+        chosen["gpu-memory-utilization"] = 0.3
+    if backend == "reattention":
+        chosen["additional-config"] = json.dumps({"reattention": SETTINGS})
+    else:
+        chosen["hf-overrides"] = json.dumps({"max_position_embeddings": max_len})
+    return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
+
+
+@contextmanager
+def serve(model: Path, backend: str, on_gpu: bool) -> Iterator[Server]:
+    """A server that answers; it and its processes are gone afterwards, whatever happens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # This module is what `vllm serve` runs. That command itself asks for the version of a
+    # distribution called vllm, and does not start where vllm-cpu is installed instead.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += flags(model, backend, on_gpu)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({} if on_gpu else CPU_ENVIRONMENT)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        server = Server(process, f"http://127.0.0.1:{port}", log)
+        try:
+            wait(server)
+            yield server
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            with suppress(ProcessLookupError):  # what is left of the session that it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not server.is_ready():
+        if server.process.poll() is not None:
+            raise SystemExit(f"the server did not start:\n{server.written()[-4000:]}")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"no server after {START_SECONDS} s:\n{server.written()[-4000:]}")
+        time.sleep(0.5)
+
+
+def ask(server: Server, model: Path, task: Task) -> bool:
+    """Prints what the server answers; returns whether that is right."""
+    body = {"model": str(model), "prompt": task.prompt, "max_tokens": ANSWER_LEN, "temperature": 0}
+    start = time.perf_counter()
+    reply = server.post("/v1/completions", body)
+    seconds = time.perf_counter() - start
+    answer = reply["choices"][0]["text"]
+    found = is_right(answer, task.code)
+    print(f"  {reply['usage']['prompt_tokens']:,} tokens, the fact at {task.depth:.0%} of the text")
+    print(f"    {task.question}")
+    verdict = "right" if found else "WRONG"
+    print(f"    expected {task.code}, answered {answer.strip()!r}: {verdict}, {seconds:.1f} s")
+    sys.stdout.flush()
+    return found
+
+
+def is_right(answer: str, code: str) -> bool:
+    return answer.split()[:1] in ([code], [f"{code}."])
+
+
+def run(model: Path, backend: str, tasks: list[Task], on_gpu: bool) -> list[bool]:
+    print(f"\n{backend}: starting the server", flush=True)
+    start = time.perf_counter()
+    with serve(model, backend, on_gpu) as server:
+        told = [line for line in server.written().splitlines() if "ReAttention:" in line]
+        for line in told[:1]:
+            print("  " + line[line.index("ReAttention:") :])
+        print(f"  it answers after {time.perf_counter() - start:.0f} s", flush=True)
+        return [ask(server, model, task) for task in tasks]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, help="a folder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the servers end, too
+
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    window = trained_window(options.model)
+    tasks = make_tasks(options.model, options.seed)
+    print(f"{options.model.name} was trained on {window} tokens.")
+    print(f"It is asked for facts in {TIMES * window:,} tokens of a novel, {TIMES} times as many.")
+    found = {
+        backend: run(options.model, backend, tasks, on_gpu)
+        for backend in ("reattention", "FLASH_ATTN" if on_gpu else "CPU_ATTN")
+    }
+    print()
+    for backend, right in found.items():
+        within, *beyond = right
+        print(
+            f"{backend}: {int(within)} of 1 right within the trained window, "
+            f"{sum(beyond)} of {len(beyond)} right {TIMES} times beyond it"
+        )
+    return 0 if all(found["reattention"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
