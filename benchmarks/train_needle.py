@@ -64,16 +64,16 @@ class Template(NamedTuple):
     """A sentence as tokens, and where its names and its code go."""
 
     tokens: torch.Tensor  # [length]
-    adjectives: list[int]
-    nouns: list[int]
-    code: list[int]
+    adjective: int
+    noun: int
+    code: int
 
     def fill(self, adjectives, nouns, codes):
         """Names [batch, count], codes [batch, count, digits] -> [batch, count, length]."""
         filled = self.tokens.repeat(*adjectives.shape, 1)
-        filled[..., self.adjectives] = adjectives[..., None]
-        filled[..., self.nouns] = nouns[..., None]
-        filled[..., self.code] = codes
+        filled[..., self.adjective] = adjectives
+        filled[..., self.noun] = nouns
+        filled[..., self.code : self.code + codes.shape[-1]] = codes
         return filled
 
 
@@ -101,7 +101,7 @@ class Windows:
 
     def _template(self, tokens: list[int]) -> Template:
         blanks = (self.adjectives[0], self.nouns[0], self.digits[0])
-        places = [[i for i, token in enumerate(tokens) if token == blank] for blank in blanks]
+        places = [tokens.index(blank.item()) for blank in blanks]
         return Template(torch.tensor(tokens, device=self.device), *places)
 
     def _random(self, *shape):
@@ -113,11 +113,10 @@ class Windows:
     def _distinct(self, words, batch, count):
         return words[self._random(batch, len(words)).argsort(1)[:, :count]]
 
-    def sample(self, batch, length, facts=1, repeats=0, depth=None, look_alike=0.5, spliced=0.5):
+    def sample(self, batch, length, facts=1, questions=1, depth=None, look_alike=0.5, spliced=0.5):
         """Tokens, their labels, and where an answer is predicted; all [batch, length].
 
-        The question at the end is about the first fact.
-        repeats     how many sentences tell one of the facts again: answers without a question
+        As many of the facts as there are questions are asked about.
         depth       of the first fact; None is anywhere, and often the very start
         look_alike  the share of other facts that have a word in common with the first
         spliced     the share of windows whose text is fragments from random places
@@ -130,24 +129,24 @@ class Windows:
         same_noun = (kind >= look_alike / 2) & (kind < look_alike)
         nouns = torch.where(same_noun, nouns[:, :1], nouns)
         codes = self.digits[self._randint(10, batch, facts, needle_text.CODE_DIGITS)]
-        question = self.question.fill(adjectives[:, :1], nouns[:, :1], codes[:, :1])[:, 0]
-
-        told = torch.arange(facts, device=self.device).expand(batch, facts)
-        told = torch.cat([told, self._randint(facts, batch, repeats)], 1)  # [batch, sentences]
         sentences = self.fact.fill(adjectives, nouns, codes)
-        sentences = sentences.gather(1, told[..., None].expand(-1, -1, sentences.shape[-1]))
-        body_len = length - 1 - question.shape[1]
+        asked = (adjectives[:, :questions], nouns[:, :questions], codes[:, :questions])
+        suffix = self.question.fill(*asked)  # [batch, questions, question_len]
+
+        body_len = length - 1 - suffix[0].numel()
         text_len = body_len - sentences[0].numel()
         if text_len < 0:
-            raise ValueError(f"length must hold {told.shape[1]} facts and a question, got {length}")
-        gaps = self._randint(text_len + 1, *told.shape)  # how much text stands before each sentence
+            raise ValueError(f"length must hold {facts} facts and {questions} questions")
+        gaps = self._randint(text_len + 1, batch, facts)  # how much text stands before each fact
         if depth is None:
             gaps[:, 0] *= self._random(batch) > 0.1
         else:
             gaps[:, 0] = round(depth * text_len)
         rank = gaps.argsort(dim=1, stable=True).argsort(1)
-        sentence_offs = torch.arange(sentences.shape[-1], device=self.device)
-        places = (gaps + rank * len(sentence_offs))[..., None] + sentence_offs
+        fact_offs = torch.arange(self.fact.tokens.numel(), device=self.device)
+        places = (gaps + rank * fact_offs.numel())[
+            ..., None
+        ] + fact_offs  # [batch, facts, fact_len]
         is_fact = torch.zeros(batch, body_len, dtype=torch.bool, device=self.device)
         is_fact.scatter_(1, places.flatten(1), True)
         text_index = (~is_fact).cumsum(1).sub(1).clamp(min=0)
@@ -155,15 +154,12 @@ class Windows:
         body.scatter_(1, places.flatten(1), sentences.flatten(1))
 
         start = torch.full((batch, 1), self.bos, device=self.device)
-        tokens = torch.cat([start, body, question], 1)
+        tokens = torch.cat([start, body, suffix.flatten(1)], 1)
         labels = tokens.roll(-1, 1)
-        labels[:, -1] = self.eos
-        is_same = told[:, :, None] == told[:, None, :]
-        is_known = (is_same & (rank[:, None, :] < rank[:, :, None])).any(2)  # told before
-        digits = places[..., self.fact.code]  # in the body, so where each is predicted
         is_answer = torch.zeros_like(tokens, dtype=torch.bool)
-        is_answer.scatter_(1, digits.flatten(1), is_known.repeat_interleave(digits.shape[2], 1))
-        is_answer[:, -ANSWER_LEN:] = True
+        for end in range(length, body_len + 1, -suffix.shape[-1]):
+            labels[:, end - 1] = self.eos  # also before another question: an answer ends there
+            is_answer[:, end - ANSWER_LEN : end] = True
         return tokens, labels, is_answer
 
     def _text(self, index, max_len, spliced):
@@ -216,13 +212,16 @@ def build_model() -> transformers.LlamaForCausalLM:
 
 
 def draw_shape(rng: random.Random, longest: int) -> dict[str, int]:
-    """Half of the batches are as in the evaluation, half are full of facts told again."""
+    """Length, facts and questions of a batch; every other batch asks once, as the evaluation."""
     length = rng.randrange(64, longest + 1, 32)
-    sentences = length // 16 - 2  # a sentence has 15 tokens, a question 30
-    if rng.random() < 0.5:
-        return {"length": length, "facts": rng.randint(1, min(5, sentences))}
-    facts = rng.randint(1, max(1, sentences // 2))
-    return {"length": length, "facts": facts, "repeats": sentences - facts}
+    room = length * 4 // 5 - 37  # a fact and its question have 37 tokens
+    questions = 1 + (rng.random() < 0.5) * rng.randint(0, room // 37)
+    others = (room - 37 * (questions - 1)) // 15
+    return {
+        "length": length,
+        "facts": questions + rng.randint(0, min(4, others)),
+        "questions": questions,
+    }
 
 
 def predict(model, tokens, autocast=True):
@@ -386,6 +385,7 @@ to test and to show vllm-reattention and is of no other use. Prompts have this f
     ... any text ...{fact} ... any text ...{question}
 
 with an adjective and a noun of `benchmarks/needle_text.py`. The model writes ` 12345` and stops.
+Among look-alikes it guesses: it learned to find the one code in a text, not to match its name.
 
 Trained window {window} tokens, {layers} layers, hidden size {hidden}, {heads} query and {kv_heads}
 KV heads of {head_dim}, tied embeddings, RoPE base {theta:,.0f}, byte-level BPE of {vocab} tokens.

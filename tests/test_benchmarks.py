@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from benchmarks import agreement, engines, harness, needle, needle_text, serving
+from benchmarks import agreement, demo, engines, harness, needle, needle_text, serving
 from benchmarks.prompts import NOISE, Prompt, Prompts, is_hit
 
 CHAT = (
@@ -210,3 +210,35 @@ def test_repetitions_leave_out_the_one_that_warms_up(monkeypatch):
     assert serving.repeat(lambda: next(calls)) == [1, 2, 3, 4, 5]
     monkeypatch.setattr(serving, "ENOUGH_SECONDS", 0)
     assert serving.repeat(lambda: next(calls)) == [6]
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [(" 12345", True), (" 12345. And", True), (" 12354", False), ("", False), (" 123456", False)],
+)
+def test_the_demo_knows_a_right_answer(answer, right):
+    assert demo.is_right(answer, "12345") == right
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_demos_servers_differ_in_the_backend_alone(model, on_gpu):
+    stock = "FLASH_ATTN" if on_gpu else "CPU_ATTN"
+    ours, other = (demo.flags(Path(model), name, on_gpu) for name in ("reattention", stock))
+    ours, other = (dict(zip(f[::2], f[1::2], strict=True)) for f in (ours, other))
+    assert ours["--max-model-len"] == other["--max-model-len"] == str(64 * 512 + 64)
+    assert {name for name in ours | other if ours.get(name) != other.get(name)} == {
+        "--attention-backend",
+        "--additional-config",
+        "--hf-overrides",
+    }
+
+
+def test_the_demos_prompts_have_their_lengths(prompts, model):
+    folder, count = Path(prompts.tokenizer.name_or_path), demo.count
+    (folder / "config.json").write_text((Path(model) / "config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    within, *beyond = demo.make_tasks(folder, seed=0)
+    assert count(tokenizer)(within.prompt) == 512 - demo.ANSWER_LEN
+    assert [count(tokenizer)(task.prompt) for task in beyond] == [64 * 512] * len(demo.DEPTHS)
+    assert all("What is the secret code of" in task.question for task in (within, *beyond))
+    assert all(task.prompt.count(task.code) == 1 for task in (within, *beyond))
