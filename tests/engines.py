@@ -104,19 +104,24 @@ def _rows(worker) -> tuple[int, int] | None:
     return max(counts, default=None)
 
 
-def refusal(model: Path, pretend_range: str | None = None, **options) -> str:
+def refusal(
+    model: Path, pretend_range: str | None = None, pretend_gpu: bool = False, **options
+) -> str:
     """Why an engine does not start."""
     from vllm import LLM
+    from vllm.v1.attention import selector
 
     from vllm_reattention import compat
 
-    supported = compat.VLLM_RANGE
+    selector._cached_get_attn_backend.cache_clear()  # what it found fit for an earlier engine
+    supported, on_cpu = compat.VLLM_RANGE, compat.on_cpu
     compat.VLLM_RANGE = pretend_range or supported
+    compat.on_cpu = lambda: on_cpu() and not pretend_gpu
     try:
         LLM(model=str(model), **(DEFAULTS | options))
     except (ValueError, NotImplementedError, RuntimeError) as error:
         return str(error)
     finally:
-        compat.VLLM_RANGE = supported
+        compat.VLLM_RANGE, compat.on_cpu = supported, on_cpu
         gc.collect()
     return ""

@@ -141,6 +141,7 @@ def test_other_caches_run(options, folder, engine):
         ("mrope", {}, "got the three of mRoPE"),
         ("hunyuan", {}, "must be rotated last"),
         ("llama", dict(kv_cache_dtype="fp8_e5m2"), "--kv-cache-dtype must be one of auto"),
+        ("llama", dict(pretend_gpu=True), "--dtype must be bfloat16 or float16 on a GPU"),
         ("llama", dict(block_size=16), "--block-size must be a multiple of 32, got 16"),
         ("llama", dict(pretend_range=">=99"), "must run with vllm>=99, got"),
         ("llama", dict(attention_backend="CPU_ATTN"), "max_model_len (2048) is greater than"),

@@ -94,6 +94,8 @@ class ReAttentionBackend(AttentionBackend):
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):
             known = ", ".join(cls.supported_kv_cache_dtypes)
             return f"--kv-cache-dtype must be one of {known}, got {kv_cache_dtype}"
+        if dtype == torch.float32 and not compat.on_cpu():
+            return "--dtype must be bfloat16 or float16 on a GPU, got float32"
         if not cls.supports_head_size(head_size):
             return f"head size must be a multiple of 8 from 32 to 256, got {head_size}; {ELSEWHERE}"
         if not cls.supports_block_size(block_size):

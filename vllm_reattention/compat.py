@@ -135,6 +135,12 @@ def _check_and_lift_length() -> None:
     ModelConfig.get_and_verify_max_len = get_and_verify_max_len
 
 
+def on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
 def flash_attention(head_size: int, has_sinks: bool, soft_cap: float) -> Callable | None:
     """vLLM's FlashAttention for ragged batches, where this platform's serves such heads."""
     from vllm.platforms import current_platform
