@@ -5,7 +5,7 @@
 Starts vLLM's OpenAI-compatible server on our tiny model twice: with reattention, then with vLLM's
 own backend and max_position_embeddings raised, so that it runs at all. Both get the same prompts:
 one within the trained window, to show that the server is sound, and one 64 times as long for each
-depth. So small a model miscopies a digit of one code in five or so; the exit status tells whether
+depth. So small a model miscopies digits of about one code in four; the exit status tells whether
 reattention got the one within and most of those beyond right.
 """
 
