@@ -5,7 +5,7 @@
 Starts vLLM's OpenAI-compatible server on our tiny model twice: with reattention, then with vLLM's
 own backend and max_position_embeddings raised, so that it runs at all. Both get the same prompts:
 one within the trained window, to show that the server is sound, and one 64 times as long for each
-depth. So small a model gets about one code in four wrong; the exit status tells whether
+depth. So small a model gets some codes wrong; the exit status tells whether
 reattention got the one within and most of those beyond right.
 """
 
@@ -221,7 +221,7 @@ def main() -> int:
             f"{backend}: {int(within)} of 1 right within the trained window, "
             f"{sum(beyond)} of {len(beyond)} right {TIMES} times beyond it"
         )
-    print("This model has 1.25 M parameters; about one of its codes in four is wrong.")
+    print("This model has 1.25 M parameters; some of its codes are wrong.")
     return 0 if is_convincing(found["reattention"]) else 1
 
 

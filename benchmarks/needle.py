@@ -127,7 +127,7 @@ def run_logprobs(options: argparse.Namespace, stamp: dict) -> None:
 
 
 def draw(model: str) -> None:
-    """A heat map for each task and provider; what was measured last counts."""
+    """A heat map for each task and provider, by scope; what was measured last counts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,9 +138,11 @@ def draw(model: str) -> None:
         if row["model"] == model and "/" not in row["provider"]:
             place = int(row["context_len"]), float(row["depth"])
             share = int(row["hits"]) / int(row["samples"])
-            newest.setdefault((row["task"], row["provider"]), {})[place] = share
+            sizes = [int(row[name] or 0) for name in ("global_size", "local_size", "recall_size")]
+            provider = row["provider"] + (f", scope {sum(sizes)}" if sum(sizes) else "")
+            newest.setdefault((row["task"], provider), {})[place] = share
     tasks = [task for task in TASKS if any(task == key[0] for key in newest)]
-    providers = [name for name in engines.PROVIDERS if any(name == key[1] for key in newest)]
+    providers = sorted({provider for _, provider in newest})
     size = 4.2 * len(providers), 2.8 * len(tasks)
     figure, grid = plt.subplots(len(tasks), len(providers), squeeze=False, figsize=size)
     for task, line in zip(tasks, grid, strict=True):

@@ -22,9 +22,13 @@ def sizes(stage: str, is_decode: bool):
         if is_decode:
             return itertools.product((32, 64), (4,), (2, 3), (528, 1056))
         return [(64, 8, 3, 264), (128, 8, 2, 264)]
+    if stage == "refine":  # candidates
+        if is_decode:
+            return itertools.product((1, 2), (1, 2, 4), (1,), (1056, 2112))
+        return itertools.product((32, 64), (4, 8), (2, 3), (0,))
     if is_decode:
-        return [*itertools.product((32, 64, 128), (4,), (1, 2, 3)), (32, 2, 3), (128, 8, 1)]
-    return [*itertools.product((64, 128), (8,), (1, 2)), (64, 4, 1), (32, 4, 1), (32, 8, 1)]
+        return [*itertools.product((32, 64), (2, 4), (1,), (264, 528)), (128, 8, 1, 264)]
+    return itertools.product((32, 64, 128), (4, 8), (1,), (264,))
 
 
 def main() -> None:
@@ -46,10 +50,7 @@ def main() -> None:
             torch.cuda.synchronize()
             best = "; ".join(f"{t:.4f} {s}" for t, s in sorted(found)[:5])
             kind = "decode" if new == 1 else "prefill"
-            now = chosen(
-                *((16, 128) if new == 1 else (128, 128)), *([new == 1] * (stage == "score"))
-            )
-            print(f"{kind} {batch} x {context} {stage}: {best} | now {now}", flush=True)
+            print(f"{kind} {batch} x {context} {stage}: {best}", flush=True)
         del problem, stages
         torch.cuda.empty_cache()
 

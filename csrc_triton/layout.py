@@ -57,10 +57,6 @@ class Scope(NamedTuple):
 
     SAMPLE_EVERY = 8
 
-    @property
-    def max_slots(self) -> int:
-        return self.dense_blocks if not self.window else 1 << 30
-
     def slots(self, block: int, block_size: int) -> tuple[int, int, int]:
         """Global, recalled and first local block of a tile whose queries lie in `block`."""
         if self.window:
