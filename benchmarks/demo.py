@@ -11,39 +11,22 @@ reattention got the one within and most of those beyond right.
 
 import argparse
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 
 from benchmarks import needle_text
+from benchmarks.server import Server, serve
 
 MODEL = Path(__file__).parents[1] / "tests" / "tiny-needle"
 SETTINGS = {"global_size": 32, "local_size": 128, "recall_size": 352}  # the whole window
 TIMES = 64  # the trained window
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ANSWER_LEN = 8  # tokens: a space, five digits, the end
-START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 600, 1200, 30
-
-# One thread: the reference works on small tensors, and threads that share a core with others
-# wait for each other far longer than they work.
-CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-}
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Task(NamedTuple):
@@ -55,34 +38,6 @@ class Task(NamedTuple):
     @property
     def question(self) -> str:
         return self.prompt.splitlines()[-2]
-
-
-class Server(NamedTuple):
-    process: subprocess.Popen
-    url: str
-    log: IO[str]
-
-    def post(self, path: str, body: dict) -> dict:
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with LOCAL.open(request, timeout=ANSWER_SECONDS) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise SystemExit(f"the server refused: {error.read().decode()}") from None
-        except OSError as error:
-            raise SystemExit(f"{error}\n{self.written()[-4000:]}") from None
-
-    def is_ready(self) -> bool:
-        try:
-            with LOCAL.open(f"{self.url}/health", timeout=5):
-                return True
-        except OSError:
-            return False
-
-    def written(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
 
 
 def trained_window(model: Path) -> int:
@@ -124,45 +79,6 @@ def flags(model: Path, backend: str, on_gpu: bool) -> list[str]:
     return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
 
 
-@contextmanager
-def serve(model: Path, backend: str, on_gpu: bool) -> Iterator[Server]:
-    """A server that answers; it and its processes are gone afterwards, whatever happens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # This module is what `vllm serve` runs. That command itself asks for the version of a
-    # distribution called vllm, and does not start where vllm-cpu is installed instead.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    command += flags(model, backend, on_gpu)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({} if on_gpu else CPU_ENVIRONMENT)
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        server = Server(process, f"http://127.0.0.1:{port}", log)
-        try:
-            wait(server)
-            yield server
-        finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-            with suppress(ProcessLookupError):  # what is left of the session that it started
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not server.is_ready():
-        if server.process.poll() is not None:
-            raise SystemExit(f"the server did not start:\n{server.written()[-4000:]}")
-        if time.monotonic() > deadline:
-            raise SystemExit(f"no server after {START_SECONDS} s:\n{server.written()[-4000:]}")
-        time.sleep(0.5)
-
-
 def ask(server: Server, model: Path, task: Task) -> bool:
     """Prints what the server answers; returns whether that is right."""
     body = {"model": str(model), "prompt": task.prompt, "max_tokens": ANSWER_LEN, "temperature": 0}
@@ -186,7 +102,7 @@ def is_right(answer: str, code: str) -> bool:
 def run(model: Path, backend: str, tasks: list[Task], on_gpu: bool) -> list[bool]:
     print(f"\n{backend}: starting the server", flush=True)
     start = time.perf_counter()
-    with serve(model, backend, on_gpu) as server:
+    with serve(flags(model, backend, on_gpu), on_gpu) as server:
         told = [line for line in server.written().splitlines() if "ReAttention:" in line]
         for line in told[:1]:
             print("  " + line[line.index("ReAttention:") :])

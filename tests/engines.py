@@ -96,10 +96,10 @@ def generate(
 def _rows(worker) -> tuple[int, int] | None:
     groups = [group for groups in worker.model_runner.attn_groups for group in groups]
     counts = [
-        (builder.rows_selected, builder.rows_dense)
+        (builder.counts["rows_selected"], builder.counts["rows_dense"])
         for group in groups
         for builder in group.metadata_builders
-        if group.backend.get_name() == "REATTENTION"
+        if group.backend.get_name() == "REATTENTION" and builder.counts is not None
     ]
     return max(counts, default=None)
 

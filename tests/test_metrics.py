@@ -1,0 +1,120 @@
+"""What is counted, against counting one token after the other; and who reads it."""
+
+import logging
+import os
+import subprocess
+import sys
+from random import Random
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from vllm_reattention import metrics
+
+BLOCK, DENSE, RECALLED = 32, 128, 5
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(metrics.DIRECTORY, str(tmp_path))
+    return tmp_path
+
+
+def step(counts: metrics.Counts, requests: list[tuple[int, int]], num_decodes: int = 0) -> None:
+    """requests: what each has in its cache, and its new tokens."""
+    context, new = np.array(requests, dtype=np.int64).T
+    counts.add(context + new, new, num_decodes, DENSE, BLOCK, RECALLED)
+
+
+def read(name: str) -> dict[tuple[str, ...], float]:
+    """By the labels of each series."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in metrics.Collector().collect()
+        for sample in family.samples
+        if sample.name == f"vllm:reattention_{name}"
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counting_equals_counting_one_by_one(seed):
+    random = Random(seed)
+    num_decodes = random.randrange(4)
+    requests = [(random.randrange(400), random.randrange(4)) for _ in range(num_decodes)]
+    requests += [(random.randrange(300), random.randrange(300)) for _ in range(3)]
+    counts = metrics.Counts("m", 0, 0)
+    step(counts, requests, num_decodes)
+
+    selected, tiles, seen = 0, set(), []
+    for request, (context, new) in enumerate(requests):
+        for position in range(context, context + new):
+            seen.append(position + 1)
+            if position // BLOCK >= DENSE // BLOCK:
+                selected += 1
+                single = request < num_decodes
+                tiles.add((request, position if single else position // BLOCK))
+    assert counts["rows_selected"] == selected
+    assert counts["rows_dense"] == len(seen) - selected
+    assert counts["blocks_recalled"] == len(tiles) * RECALLED
+    assert counts["context_sum"] == sum(seen)
+    up_to = [sum(keys <= edge for keys in seen) for edge in metrics.EDGES]
+    assert counts.record["context_up_to"][0].tolist() == up_to
+
+
+def test_workers_stand_apart_and_one_started_anew_goes_on(folder):
+    step(metrics.Counts("a model", 0, 0), [(200, 1)], num_decodes=1)
+    step(metrics.Counts("a model", 0, 0), [(0, 10), (500, 1)])
+    step(metrics.Counts("a model", 0, 1), [(200, 1)], num_decodes=1)
+    first, second = (("a model", "0", worker) for worker in "01")
+    assert read("rows_selected_total") == {first: 2, second: 1}
+    assert read("rows_dense_total") == {first: 10, second: 0}
+    buckets = read("context_tokens_bucket")
+    assert [buckets[(*first, edge)] for edge in ("128.0", "256.0", "+Inf")] == [10, 11, 12]
+
+
+def test_one_server_and_several_tell_the_same(folder, monkeypatch):
+    monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry(auto_describe=True))
+    monkeypatch.setattr(MultiProcessCollector, "collect", MultiProcessCollector.collect)
+    metrics.export.__wrapped__()
+    step(metrics.Counts("m", 0, 0), [(200, 3)])
+    several = CollectorRegistry()
+    MultiProcessCollector(several, str(folder))
+    for registry in (metrics.REGISTRY, several):
+        text = generate_latest(registry).decode()
+        assert (
+            'vllm:reattention_rows_selected_total{engine="0",model_name="m",worker="0"} 3' in text
+        )
+
+
+def test_the_servers_directory_goes_with_it():
+    code = (
+        "import os; from vllm_reattention import metrics as m; m.export(); print(os.environ['{}'])"
+    )
+    command = [sys.executable, "-c", code.format(metrics.DIRECTORY)]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert path and not os.path.exists(path)
+
+
+def test_without_a_server_it_counts_for_itself(folder, monkeypatch):
+    monkeypatch.setenv(metrics.DIRECTORY, str(folder / "of another machine"))
+    counts = metrics.Counts("m", 0, 0)
+    step(counts, [(200, 1)])
+    assert counts["rows_selected"] == 1 and not os.listdir(folder)
+
+
+def test_a_line_a_minute_from_one_worker(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "vllm.reattention")
+    monkeypatch.setattr(metrics.logger, "propagate", True)
+    now = [1000]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    first, second = metrics.Counts("m", 0, 0), metrics.Counts("m", 0, 1)
+    for now[0] in range(1000, 1150, 10):
+        step(first, [(0, 100), (200, 1)])
+        step(second, [(0, 100), (200, 1)])
+    counted = "ReAttention: {} query tokens selected what they attended to and {} attended to"
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith(counted.format(7, 700)) and lines[0].endswith("in 60 s")
+    assert lines[1].startswith(counted.format(6, 600))

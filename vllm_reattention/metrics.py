@@ -1,0 +1,161 @@
+"""What was served, on vLLM's own /metrics.
+
+Workers count on the host, from lengths it knows, and keep their counts in mapped files of a
+directory that the server's process made and named in the environment. A collector there reads them
+when it is asked: no message, no lock, nothing waits for a GPU.
+"""
+
+import atexit
+import functools
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+
+DIRECTORY = "REATTENTION_METRICS_DIR"  # made by us: not a setting
+EDGES = 2 ** np.arange(7, 23)  # of the histogram, in tokens: 128 to 4M
+LOG_SECONDS = 60
+SUFFIX = ".counts"
+RECORD = np.dtype(
+    [
+        ("model_name", "S256"),
+        ("engine", np.int64),
+        ("worker", np.int64),
+        ("rows_selected", np.int64),
+        ("rows_dense", np.int64),
+        ("blocks_recalled", np.int64),
+        ("context_up_to", np.int64, len(EDGES)),  # rows with so many keys or fewer
+        ("context_sum", np.int64),
+    ]
+)
+COUNTERS = {
+    "rows_selected": "Query tokens that attended to a scope chosen for them.",
+    "rows_dense": "Query tokens that attended to everything before them.",
+    "blocks_recalled": "Blocks recalled for a KV head of a layer, one set per tile of queries.",
+}
+CONTEXT = "Query tokens by the keys before them, themselves included."
+LABELS = ("model_name", "engine", "worker")
+
+logger = logging.getLogger("vllm.reattention")
+
+
+class Counts:
+    """Those of one worker, since its start."""
+
+    def __init__(self, model_name: str, engine: int, worker: int):
+        folder = os.environ.get(DIRECTORY, "")
+        if os.path.isdir(folder):
+            file, path = tempfile.mkstemp(dir=folder)
+            os.close(file)
+            self.record = np.memmap(path, RECORD, "w+", shape=1)
+            os.rename(path, path + SUFFIX)  # from now on it is complete
+        else:  # started by nobody who asks, or on another machine
+            self.record = np.zeros(1, RECORD)
+        self.record["model_name"] = model_name.encode()
+        self.record["engine"], self.record["worker"] = engine, worker
+        self.told_at, self.told = time.monotonic(), (0, 0)
+
+    def __getitem__(self, name: str) -> int:
+        return int(self.record[name][0])
+
+    def add(
+        self,
+        seq_lens: np.ndarray,
+        num_tokens: np.ndarray,
+        num_decodes: int,
+        dense_limit: int,
+        block_size: int,
+        recall_blocks: int,
+    ) -> None:
+        """A step.
+
+        seq_lens     [num_requests] int64, with the step's tokens
+        num_tokens   [num_requests] int64, of the step
+        num_decodes  requests, the first, whose every token is a tile of its own
+        """
+        context = seq_lens - num_tokens
+        selected = (seq_lens - dense_limit).clip(0, num_tokens)
+        first = np.maximum(context, dense_limit)
+        tiles = np.where(selected > 0, (seq_lens - 1) // block_size - first // block_size + 1, 0)
+        tiles[:num_decodes] = selected[:num_decodes]
+        record = self.record[0]
+        record["rows_selected"] += selected.sum()
+        record["rows_dense"] += num_tokens.sum() - selected.sum()
+        record["blocks_recalled"] += tiles.sum() * recall_blocks
+        record["context_up_to"] += (EDGES - context[:, None]).clip(0, num_tokens[:, None]).sum(0)
+        record["context_sum"] += (num_tokens * (context + seq_lens + 1) // 2).sum()
+        self._tell()
+
+    def _tell(self) -> None:
+        """A line in the log a minute at most, from one worker of each engine."""
+        seconds = time.monotonic() - self.told_at
+        if seconds < LOG_SECONDS or self["worker"]:
+            return
+        rows = self["rows_selected"], self["rows_dense"]
+        selected, dense = (now - before for now, before in zip(rows, self.told, strict=True))
+        self.told_at, self.told = time.monotonic(), rows
+        logger.info(
+            "ReAttention: %d query tokens selected what they attended to and %d attended to "
+            "everything, in %.0f s",
+            selected,
+            dense,
+            seconds,
+        )
+
+
+class Collector:
+    """Of all workers' counts, for prometheus_client.
+
+    vLLM drops collectors of earlier engines by their attribute _name, which this has not.
+    """
+
+    def collect(self) -> Iterator[Metric]:
+        records: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros((), RECORD))
+        for path in Path(os.environ[DIRECTORY]).glob("*" + SUFFIX):
+            (new,) = np.fromfile(path, RECORD)
+            labels = new["model_name"].decode(), str(new["engine"]), str(new["worker"])
+            for name in (*COUNTERS, "context_up_to", "context_sum"):
+                records[labels][name] += new[name]
+        for name, about in COUNTERS.items():
+            counter = CounterMetricFamily(f"vllm:reattention_{name}", about, labels=LABELS)
+            for labels, record in records.items():
+                counter.add_metric(labels, int(record[name]))
+            yield counter
+        context = HistogramMetricFamily("vllm:reattention_context_tokens", CONTEXT, labels=LABELS)
+        for labels, record in records.items():
+            rows = int(record["rows_selected"] + record["rows_dense"])
+            buckets = [
+                (str(float(edge)), int(count))
+                for edge, count in zip(EDGES, record["context_up_to"], strict=True)
+            ]
+            buckets.append(("+Inf", rows))
+            context.add_metric(labels, buckets, int(record["context_sum"]))
+        yield context
+
+
+@functools.cache
+def export() -> None:
+    """In the server's process, before workers start: theirs is the directory of their parent."""
+    if DIRECTORY not in os.environ:
+        os.environ[DIRECTORY] = tempfile.mkdtemp(prefix="reattention-")
+        atexit.register(shutil.rmtree, os.environ[DIRECTORY], ignore_errors=True)
+    collector = Collector()
+    REGISTRY.register(collector)
+    merged = MultiProcessCollector.collect
+
+    # Where several processes serve, every request for metrics makes a registry with nothing but
+    # what this collector finds in files of its own format.
+    def collect(self):
+        yield from merged(self)
+        yield from collector.collect()
+
+    MultiProcessCollector.collect = collect
