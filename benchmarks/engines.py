@@ -74,6 +74,11 @@ class Provider(NamedTuple):
         return AutoConfig.from_pretrained(self.model)
 
 
+def shared_lengths(name: str, lengths: list[int]) -> list[list[int]]:
+    """Lengths that one engine of a provider can serve: a factor of YaRN fits one length."""
+    return [[length] for length in lengths] if name == "yarn" else [lengths]
+
+
 def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None:
     parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=providers)
     parser.add_argument(

@@ -201,8 +201,7 @@ def main() -> None:
         stamp = harness.stamp()
         calls = []
         for name in options.provider:
-            groups = [[n] for n in options.lengths] if name == "yarn" else [options.lengths]
-            for lengths in groups:
+            for lengths in engines.shared_lengths(name, options.lengths):
                 calls.append((make_provider(name, lengths, options), lengths, options, stamp))
         engines.each_apart(run_grid, calls)
     if options.plot:

@@ -9,6 +9,7 @@ tiny     the task that benchmarks/train_needle.py trains our own tiny model on
 import functools
 import random
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks import needle_text
@@ -17,6 +18,7 @@ TASKS = ("passkey", "essay", "tiny")
 ANSWER_LEN = 16  # tokens to generate, which is more than an answer has
 NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SENTENCE_END = re.compile(r"[.!?]\W*$")
+LINE_END = re.compile(r"\n$")
 
 
 class Prompt(NamedTuple):
@@ -86,60 +88,81 @@ class Prompts:
             text, answer = needle_text.make_prompt(self._count, context_len, depth, number)
             return Prompt(task, depth, self.tokenizer(text).input_ids, answer)
         wording = {"passkey": passkey, "essay": essay}[task](rng)
-        before, after = self._around(wording, task == "essay")
+        before, after = self.around(
+            wording.opening, wording.question, wording.answer_opening, chats=task == "essay"
+        )
         needle = self.encode(wording.needle)
         size = context_len - len(before) - len(needle) - len(after)
         if size < 0:
             raise ValueError(
                 f"context_len must hold the needle and the question, got {context_len}"
             )
-        hay, ends = self._haystack(task)
-        hay = _run(hay, rng.randrange(len(hay)) if task == "essay" else 0, size)
-        place = _sentence_start(hay, round(depth * size), ends)
-        return Prompt(
-            task, depth, before + hay[:place] + needle + hay[place:] + after, wording.answer
-        )
+        hay, ends = self.haystack(novel_text() if task == "essay" else NOISE)
+        hay = run(hay, rng.randrange(len(hay)) if task == "essay" else 0, size)
+        hidden = hide(hay, ends, [(depth, needle)])
+        return Prompt(task, depth, before + hidden + after, wording.answer)
 
     def novel(self, context_len: int) -> list[int]:
         """Plain text: so many tokens of the novel."""
         first = self.tokenizer("").input_ids
-        return first + self._haystack("essay")[0][: context_len - len(first)]
+        return first + self.haystack(novel_text())[0][: context_len - len(first)]
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def encode_each(self, texts: Iterable[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False).input_ids
+
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text).input_ids)
 
-    def _around(self, wording: Wording, chats: bool) -> tuple[list[int], list[int]]:
-        """Tokens before and behind the haystack."""
+    def around(
+        self, opening: str, question: str, answer_opening: str, chats: bool
+    ) -> tuple[list[int], list[int]]:
+        """Tokens before and behind a haystack."""
         first = self.tokenizer("").input_ids  # what the model wants at the start, if anything
         if not chats or not self.tokenizer.chat_template:
-            before, after = wording.opening, wording.question + wording.answer_opening
-            return first + self.encode(before), self.encode(after)
+            return first + self.encode(opening), self.encode(question + answer_opening)
         mark = "<haystack>"
-        content = wording.opening + mark + wording.question
-        message = [{"role": "user", "content": content}]
+        message = [{"role": "user", "content": opening + mark + question}]
         text = self.tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True
         )
         before, after = text.split(mark)
-        return self.encode(before), self.encode(after + wording.answer_opening.lstrip())
+        return self.encode(before), self.encode(after + answer_opening.lstrip())
 
     @functools.cache  # noqa: B019 one Prompts lives as long as its process
-    def _haystack(self, task: str) -> tuple[list[int], frozenset[int]]:
+    def haystack(
+        self, text: str, end: re.Pattern[str] = SENTENCE_END
+    ) -> tuple[list[int], frozenset[int]]:
         """Tokens to cut haystacks from, and those of them that end a sentence."""
-        text = NOISE if task == "passkey" else "".join(needle_text.haystack())
         tokens = self.encode(text)
+        return tokens, self.ends(tokens, end)
+
+    def ends(self, tokens: list[int], end: re.Pattern[str]) -> frozenset[int]:
+        """The tokens whose text matches."""
         words = {token: self.tokenizer.decode([token]) for token in set(tokens)}
-        ends = (token for token, word in words.items() if SENTENCE_END.search(word))
-        return tokens, frozenset(ends)
+        return frozenset(token for token, word in words.items() if end.search(word))
 
 
-def _run(tokens: list[int], start: int, size: int) -> list[int]:
+@functools.cache
+def novel_text() -> str:
+    return "".join(needle_text.haystack())
+
+
+def run(tokens: list[int], start: int, size: int) -> list[int]:
     """`size` tokens from `start` on, going round as often as it takes."""
     rounds = (start + size) // len(tokens) + 1
     return (tokens * rounds)[start : start + size]
+
+
+def hide(hay: list[int], ends: frozenset[int], needles: list[tuple[float, list[int]]]) -> list[int]:
+    """The haystack with needles, each at its depth or where the sentence it would cut begins."""
+    hidden = list(hay)
+    for depth, needle in sorted(needles, key=lambda needle: needle[0], reverse=True):
+        place = _sentence_start(hay, round(depth * len(hay)), ends)
+        hidden[place:place] = needle
+    return hidden
 
 
 def _sentence_start(tokens: list[int], place: int, ends: frozenset[int]) -> int:

@@ -93,6 +93,20 @@ def generate(
     return tokens, counts
 
 
+def losses(model: Path, texts: list[list[int]], scored: int) -> list[list[float]]:
+    """Of the texts' last tokens, in each phase."""
+    from vllm import LLM
+
+    from benchmarks import loss
+
+    forced = {"logits_processors": ["benchmarks.forced:Forced"]}
+    llm = LLM(model=str(model), **(DEFAULTS | forced))
+    found = [loss.losses(llm, phase, texts, scored) for phase in loss.PHASES]
+    del llm
+    gc.collect()
+    return found
+
+
 def _rows(worker) -> tuple[int, int] | None:
     groups = [group for groups in worker.model_runner.attn_groups for group in groups]
     counts = [

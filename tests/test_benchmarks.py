@@ -6,13 +6,25 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from benchmarks import agreement, demo, engines, harness, needle, needle_text, serving
-from benchmarks.prompts import NOISE, Prompt, Prompts, is_hit
+from benchmarks import (
+    agreement,
+    demo,
+    engines,
+    harness,
+    loss,
+    needle,
+    needle_text,
+    ruler,
+    ruler_text,
+    serving,
+)
+from benchmarks.prompts import NOISE, Prompt, Prompts, is_hit, novel_text
 
 CHAT = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -113,6 +125,145 @@ def test_too_short_for_needle_and_question_is_refused(prompts):
         ValueError, match="context_len must hold the needle and the question, got 20"
     ):
         prompts.make("passkey", 20, 0.5, "0")
+
+
+def ruler_sample(prompts, task, seed="0", depth=None, length=6000) -> tuple[str, list[str]]:
+    sample = ruler_text.make(prompts, task, length, depth, seed)
+    return text_of(prompts, sample), sample.answers
+
+
+@pytest.mark.parametrize("task", ruler_text.TASKS)
+@pytest.mark.parametrize("context_len", [6000, 9001])
+def test_rulers_prompts_and_answers_have_exactly_the_length_asked_for(prompts, task, context_len):
+    for depth in (None, 0.1, 0.9):
+        sample = ruler_text.make(prompts, task, context_len, depth, "0")
+        assert len(sample.tokens) + ruler_text.ANSWER_LEN[task] == context_len
+
+
+@pytest.mark.parametrize("task", ruler_text.TASKS)
+def test_rulers_seeds_make_different_samples_and_nothing_else_does(prompts, task):
+    first, same, other = (ruler_sample(prompts, task, seed) for seed in "aab")
+    assert first == same
+    assert first[1] != other[1]
+
+
+@pytest.mark.parametrize("task", ruler_text.NIAH)
+def test_rulers_facts_tell_the_answers_and_few_others(prompts, task):
+    text, answers = ruler_sample(prompts, task)
+    told = re.findall(r"One of the special magic (\w+)s for (\S+) is: (\S+)\.", text)
+    query = text[text.rindex("special magic") : text.rindex("mentioned")]
+    assert [value for _, key, value in told if key in query] == sorted(
+        answers, key=lambda answer: text.index(answer)
+    )
+    others = len(told) - len(answers)
+    assert others > 20 if task in ("niah_multikey_2", "niah_multikey_3") else others in (0, 3)
+    assert (others == 3) == (task == "niah_multikey_1")
+    assert len(answers) == (4 if task in ("niah_multivalue", "niah_multiquery") else 1)
+    assert {len(answer) for answer in answers} == {36 if task[-1] == "3" else 7}
+
+
+@pytest.mark.parametrize("task", sorted(ruler_text.HAVE_DEPTH))
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_rulers_fact_stands_at_its_depth(prompts, task, depth):
+    text, (answer,) = ruler_sample(prompts, task, depth=depth)
+    assert text.index(answer) / len(text) == pytest.approx(depth, abs=0.1)
+
+
+def test_rulers_variables_follow_from_the_value(prompts):
+    text, answers = ruler_sample(prompts, "vt")
+    opening = "Memorize and track"
+    shown, asked = text.split(opening)[1:]
+    for part, names in ((asked, answers), (shown, shown.split("they are: ")[1].split())):
+        chain = re.findall(r"assigned the value (\d+) in", part)
+        for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\n", part):
+            assert source == chain[-1]
+            chain.append(name)
+        assert chain[1:] == names
+    assert len(answers) == 5
+
+
+def test_rulers_common_words_are_the_most_common(prompts):
+    text, answers = ruler_sample(prompts, "cwe", length=9001)
+    shown, asked = text.split("Below is a numbered list")[1:]
+    counts = Counter(re.findall(r"\d+\. (\w+)", asked)).most_common()
+    assert {word for word, _ in counts[:10]} == set(answers)
+    assert counts[9][1] >= 28 and counts[10][1] == 3
+    words = re.findall(r"\d+\. (\w+)", shown)
+    assert {word for word, _ in Counter(words[:-10]).most_common(10)} == set(words[-10:])
+
+
+def test_rulers_frequent_words_are_the_most_frequent(prompts):
+    text, answers = ruler_sample(prompts, "fwe")
+    coded = text.split("coded words.")[1].split("\nQuestion")[0].split()
+    (dots, _), *counts = Counter(coded).most_common(5)
+    assert dots == "...."
+    assert [word for word, _ in counts[:3]] == answers
+    assert counts[0][1] / counts[2][1] == pytest.approx(16 / 4, rel=0.15)
+
+
+@pytest.mark.parametrize("task", ["cwe", "vt", "fwe", "niah_multikey_3"])
+def test_ruler_refuses_lengths_that_cannot_hold_what_it_hides(prompts, task):
+    with pytest.raises(ValueError, match=f"context_len must suit {task}, got 150"):
+        ruler_text.make(prompts, task, 150, None, "0")
+
+
+def test_ruler_scores_the_share_of_answers_and_averages_over_all_tasks():
+    sample = ruler_text.Sample("vt", None, [], ["ABC", "DEF", "GHI", "JKL"])
+    assert ruler_text.score(sample, "abc, JKL and DE") == 0.5
+    single = [ruler_text.Sample("fwe", depth, [], ["x"]) for depth in (0.1, 0.1, 0.9)]
+    about = dict.fromkeys(needle.COLUMNS, "") | {"provider": "p"}
+    vt = ruler.rows([sample] * 2, ["abc", "abc def"], about | {"task": "vt", "context_len": 8})
+    fwe = ruler.rows(single, ["x", "", "y"], about | {"task": "fwe", "context_len": 8})
+    assert [(row["depth"], row["samples"], row["hits"]) for row in vt + fwe] == [
+        (None, 2, 0.75),
+        (0.1, 2, 1.0),
+        (0.9, 1, 0.0),
+    ]
+    longer = [row | {"context_len": 16} for row in vt]
+    assert ruler.shares(vt + fwe + longer) == {
+        ("vt", 8): 0.375,
+        ("fwe", 8): 1 / 3,
+        ("vt", 16): 0.375,
+        ("average", 8): (0.375 + 1 / 3) / 2,
+    }
+    lines = [line.split() for line in ruler.summary(vt + fwe + longer).splitlines()[1:]]
+    assert lines == [
+        ["p", "8", "16"],
+        ["vt", "37.5%", "37.5%"],
+        ["fwe", "33.3%", "-"],
+        ["average", "35.4%", "-"],
+    ]
+
+
+def test_rulers_single_facts_stand_at_every_depth_in_turn():
+    options = argparse.Namespace(depths=2)
+    assert [ruler.depth_of("niah_single_1", i, options) for i in range(3)] == [0.25, 0.75, 0.25]
+    assert ruler.depth_of("niah_multivalue", 0, options) is None
+
+
+def test_losses_of_all_lengths_are_of_the_same_tokens(prompts):
+    novel, _ = prompts.haystack(novel_text())
+    ends = loss.text_ends(len(novel), 2000, 3)
+    assert ends[0] == 2000 and ends[-1] == len(novel)
+    short, long = (loss.make_texts(prompts, length, ends) for length in (500, 2000))
+    assert {len(text) for text in short} == {499} and {len(text) for text in long} == {1999}
+    assert [text[-400:] for text in short] == [text[-400:] for text in long]
+    assert len({tuple(text) for text in short}) == 3
+    with pytest.raises(ValueError, match=f"fit in the novel of {len(novel)} tokens, got 10000000"):
+        loss.text_ends(len(novel), 10_000_000, 3)
+
+
+def test_losses_change_over_the_same_texts():
+    assert loss.change({1: 2.0, 2: 4.0, 3: 9.0}, {1: 2.5, 2: 4.5}) == (0.5 / 3, 0.0)
+    about = dict.fromkeys(loss.COLUMNS, "") | {"provider": "p", "phase": "decode"}
+    rows = [
+        about | {"context_len": n, "text": text, "loss": value}
+        for n, text, value in ((8, 1, 2.0), (8, 2, 4.0), (16, 1, 2.5), (16, 2, 4.1))
+    ]
+    lines = loss.summary(rows).splitlines()
+    assert lines[1] == "p, decode"
+    assert lines[2].split()[:3] == ["8", "3.0000", "+0.00%"]
+    assert lines[3].split()[:3] == ["16", "3.3000", "+10.00%"]
 
 
 def test_rows_count_hits_by_task_and_depth():

@@ -80,6 +80,14 @@ def test_speculation_does_not_matter(folder):
     assert plain == speculated
 
 
+def test_a_forced_text_has_the_loss_of_a_prompt(folder, engine):
+    """Within the dense limit, where it does not matter how many queries select together."""
+    texts = [LONG[0][: WINDOW // 2], LONG[0][: WINDOW - 1]]
+    prefill, decode = engine(engines.losses, make("llama", folder), texts, 40)
+    assert prefill == pytest.approx(decode, abs=1e-4)
+    assert prefill[0] != pytest.approx(prefill[1], abs=1e-2)
+
+
 def test_a_prefix_hit_changes_nothing(folder, engine):
     model, prompts = make("llama", folder), LONG
     (miss,), _ = engine(engines.generate, model, [prompts], **SMALL)
