@@ -1,10 +1,13 @@
 """vLLM engines in a process of their own: pytest's has Triton's interpreter switched on."""
 
 import gc
+import io
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # errors arrive as they were raised
@@ -139,3 +142,43 @@ def refusal(
         compat.VLLM_RANGE, compat.on_cpu = supported, on_cpu
         gc.collect()
     return ""
+
+
+def command(*words: str) -> tuple[int, str]:
+    """What `python -m vllm_reattention` does: exit status and what it prints."""
+    from vllm_reattention.__main__ import main
+
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        status = main([str(word) for word in words])
+    return status, said.getvalue()
+
+
+def cache_and_plan(model: Path, **options) -> tuple[float, int]:
+    """Bytes of KV cache a token: what an engine takes, and what is planned for it."""
+    from vllm import LLM
+
+    from vllm_reattention import plan
+
+    llm = LLM(model=str(model), **(DEFAULTS | options))
+    taken = llm.collective_rpc(_cache_bytes)[0]
+    planned = plan.make(str(model), 2048, 1, options.get("kv_cache_dtype", "auto"), None)
+    del llm
+    gc.collect()
+    return taken, planned.token_bytes
+
+
+def _cache_bytes(worker) -> float:
+    caches = worker.model_runner.kv_caches
+    block_size = worker.model_runner.vllm_config.cache_config.block_size
+    return sum(cache[0].numel() * cache.itemsize for cache in caches) / block_size
+
+
+def ailing(environment: dict[str, str] | None = None, **names: object) -> tuple[int, str]:
+    """What the doctor says where names of our package, with __ for dots, are something else."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, environment or {}))
+        for name, value in names.items():
+            target = "vllm_reattention." + name.replace("__", ".")
+            stack.enter_context(mock.patch(target, value))
+        return command("doctor")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
 ORDER = [
     *("config", "metrics", "attention", "pages", "tiles", "compat", "rope", "proof"),
-    *("metadata", "backend"),
+    *("metadata", "backend", "plan", "doctor", "__main__"),
 ]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
 

@@ -24,18 +24,6 @@ SIZES = dict(local_size=96, recall_size=64, dense_limit=192)
 SMALL = dict(additional_config={"reattention": SIZES})
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="session")
-def engine():
-    """Calls a function of tests.engines in the process that holds vLLM."""
-    with engines.workers() as pool:
-        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(300)
-
-
 @pytest.mark.parametrize("name", SERVED)
 def test_within_the_window_nothing_changes(name, folder, engine):
     """And beyond it the model still runs, chunk by chunk."""

@@ -11,6 +11,7 @@ from csrc_triton.layout import Pages, Rotary, Scope, Tiles
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
 SELECTION_BYTES = 256 << 20
+MANY_TILES = 1024  # so many single queries need not split their scopes over programs
 
 
 def stages(device: torch.device) -> ModuleType:

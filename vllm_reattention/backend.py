@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from csrc_triton.layout import Pages, Rotary, Scope
 from vllm_reattention import compat
-from vllm_reattention.attention import reattention, stages, warm_up
+from vllm_reattention.attention import MANY_TILES, reattention, stages, warm_up
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder
 from vllm_reattention.pages import bytes_per_token, pages_of
@@ -25,7 +25,6 @@ from vllm_reattention.rope import Refused, Rope, Site
 from vllm_reattention.tiles import FreshPrompts
 
 ELSEWHERE = "choose another attention backend"
-MANY_TILES = 1024  # so many single queries need not split their scopes over programs
 
 
 class ReAttentionBackend(AttentionBackend):

@@ -33,14 +33,19 @@ def install() -> None:
     _check_and_lift_length()
 
 
-def version_refusal() -> str | None:
-    """Why this vLLM cannot be served, or None."""
+def vllm_version() -> str:
     import vllm
 
-    if SpecifierSet(VLLM_RANGE).contains(vllm.__version__, prereleases=True):
+    return vllm.__version__
+
+
+def version_refusal() -> str | None:
+    """Why this vLLM cannot be served, or None."""
+    version = vllm_version()
+    if SpecifierSet(VLLM_RANGE).contains(version, prereleases=True):
         return None
     return (
-        f"vllm-reattention {__version__} must run with vllm{VLLM_RANGE}, got {vllm.__version__}; "
+        f"vllm-reattention {__version__} must run with vllm{VLLM_RANGE}, got {version}; "
         f"install such a vLLM or choose another attention backend"
     )
 
@@ -60,6 +65,16 @@ def _register_name():
         member = AttentionBackendEnum.register(NAME, PATH)
         member.__reduce_ex__ = lambda protocol: (_register_name, ())
     return member
+
+
+def registered_path() -> str | None:
+    """The class behind our name once vLLM has loaded its plugins."""
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    load_general_plugins()
+    member = AttentionBackendEnum.__members__.get(NAME)
+    return member and member.get_path()
 
 
 def _honour_choice_on_cpu() -> None:
@@ -187,6 +202,26 @@ def trained_window(model_config) -> int:
             original = rope.get("original_max_position_embeddings", 0)
             windows.append(int(rope.get("factor", 1.0) * original))
     return max(windows)
+
+
+def model_config(model: str, max_model_len: int, kv_cache_dtype: str):
+    """vLLM's, of a model that we are to serve."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=model,
+        max_model_len=max_model_len,
+        attention_backend=NAME,
+        kv_cache_dtype=kv_cache_dtype,
+        skip_tokenizer_init=True,
+    ).create_model_config()
+
+
+def memory_share() -> float:
+    """Of a GPU, what vLLM takes unless told otherwise."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs.gpu_memory_utilization
 
 
 def is_ours(module: nn.Module | None) -> bool:
