@@ -79,6 +79,12 @@ def shared_lengths(name: str, lengths: list[int]) -> list[list[int]]:
     return [[length] for length in lengths] if name == "yarn" else [lengths]
 
 
+def label(row: dict) -> str:
+    """What to call a row's provider in figures: with its scope, global + recalled + local."""
+    sizes = [row[name] for name in ("global_size", "recall_size", "local_size")]
+    return " ".join([row["provider"], "+".join(map(str, sizes))]) if sizes[0] else row["provider"]
+
+
 def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None:
     parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=providers)
     parser.add_argument(

@@ -109,9 +109,7 @@ def curves(rows: list[dict]) -> dict[str, dict[int, dict[int, float]]]:
     """Loss by provider with its scope and phase, by length and text; the last row counts."""
     found = {}
     for row in rows:
-        sizes = [int(row[name] or 0) for name in ("global_size", "local_size", "recall_size")]
-        scope = f", scope {sum(sizes)}" if sum(sizes) else ""
-        cell = found.setdefault(f"{row['provider']}{scope}, {row['phase']}", {})
+        cell = found.setdefault(f"{engines.label(row)}, {row['phase']}", {})
         cell.setdefault(int(row["context_len"]), {})[int(row["text"])] = float(row["loss"])
     return found
 

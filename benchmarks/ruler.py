@@ -101,9 +101,7 @@ def by_provider(found: list[dict]) -> dict[str, list[dict]]:
     """Rows by provider and scope."""
     groups = {}
     for row in found:
-        sizes = [int(row[name] or 0) for name in ("global_size", "local_size", "recall_size")]
-        name = row["provider"] + (f", scope {sum(sizes)}" if sum(sizes) else "")
-        groups.setdefault(name, []).append(row)
+        groups.setdefault(engines.label(row), []).append(row)
     return groups
 
 

@@ -241,6 +241,12 @@ def test_rulers_single_facts_stand_at_every_depth_in_turn():
     assert ruler.depth_of("niah_multivalue", 0, options) is None
 
 
+def test_figures_tell_scopes_apart():
+    row = {"provider": "reattention", "global_size": 32, "local_size": "64", "recall_size": 0}
+    assert engines.label(row) == "reattention 32+0+64"
+    assert engines.label(row | {"provider": "yarn", "global_size": ""}) == "yarn"
+
+
 def test_losses_of_all_lengths_are_of_the_same_tokens(prompts):
     novel, _ = prompts.haystack(novel_text())
     ends = loss.text_ends(len(novel), 2000, 3)
