@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 ENVIRONMENT = {
@@ -110,6 +111,109 @@ def losses(model: Path, texts: list[list[int]], scored: int) -> list[list[float]
     return found
 
 
+class Ask(NamedTuple):
+    """A request: tokens, or text where there is a tokenizer; and how to go on."""
+
+    prompt: list[int] | str
+    max_tokens: int = 16
+    temperature: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    prompt_logprobs: bool = False
+    regex: str | None = None
+    adapter: Path | None = None  # LoRA
+
+
+class Answer(NamedTuple):
+    tokens: list[list[int]]  # of each of n
+    text: str  # of the first
+    prompt_logprobs: list[float]
+
+
+def answers(
+    model: Path, batches: list[list[Ask]], **options
+) -> tuple[list[list[Answer]], dict[str, list[float]]]:
+    """Of one engine, and its counters: each as a list, of every worker where they count apart."""
+    from vllm import LLM
+
+    llm = LLM(model=str(model), disable_log_stats=False, **(DEFAULTS | options))
+    before = _counters(llm)  # ours are those of all this process's engines
+    found = [_ask(llm, batch) for batch in batches]
+    after = _counters(llm)
+    counters = {
+        name: [now - then for now, then in zip(values, before[name], strict=True)]
+        for name, values in after.items()
+    }
+    del llm
+    gc.collect()
+    return found, counters
+
+
+def _counters(llm) -> dict[str, list[float]]:
+    name = llm.llm_engine.model_config.served_model_name
+    counters: dict[str, list[float]] = {}
+    for metric in llm.get_metrics():
+        if hasattr(metric, "value") and metric.labels.get("model_name") == name:
+            counters.setdefault(metric.name.removeprefix("vllm:"), []).append(metric.value)
+    return counters
+
+
+def _ask(llm, batch: list[Ask]) -> list[Answer]:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = [
+        SamplingParams(
+            n=ask.n,
+            temperature=ask.temperature,
+            seed=ask.seed,
+            max_tokens=ask.max_tokens,
+            ignore_eos=ask.regex is None,
+            detokenize=isinstance(ask.prompt, str),
+            prompt_logprobs=0 if ask.prompt_logprobs else None,
+            structured_outputs=StructuredOutputsParams(regex=ask.regex) if ask.regex else None,
+        )
+        for ask in batch
+    ]
+    adapters = [ask.adapter and LoRARequest("adapter", 1, str(ask.adapter)) for ask in batch]
+    prompts = [
+        ask.prompt if isinstance(ask.prompt, str) else {"prompt_token_ids": ask.prompt}
+        for ask in batch
+    ]
+    adapters = adapters if any(adapters) else None
+    done = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+    return [
+        Answer(
+            [list(sample.token_ids) for sample in request.outputs],
+            request.outputs[0].text,
+            [
+                found[token].logprob
+                for token, found in zip(
+                    request.prompt_token_ids[1:], (request.prompt_logprobs or [])[1:], strict=False
+                )
+            ],
+        )
+        for request in done
+    ]
+
+
+def beams(model: Path, prompt: str, widths: list[int], **options) -> list[tuple[str, float]]:
+    """The best answer of each width, and the log probability of its tokens."""
+    from vllm import LLM
+    from vllm.sampling_params import BeamSearchParams
+
+    llm = LLM(model=str(model), **(DEFAULTS | options))
+    best = []
+    for width in widths:
+        params = BeamSearchParams(beam_width=width, max_tokens=8)
+        (found,) = llm.beam_search([{"prompt": prompt}], params)
+        best.append((found.sequences[0].text, found.sequences[0].cum_logprob))
+    del llm
+    gc.collect()
+    return best
+
+
 def _rows(worker) -> tuple[int, int] | None:
     groups = [group for groups in worker.model_runner.attn_groups for group in groups]
     counts = [
@@ -121,10 +225,27 @@ def _rows(worker) -> tuple[int, int] | None:
     return max(counts, default=None)
 
 
+def _rotate_again(parent, name, child):
+    """What another plugin might do: put its own in place of the modules that rotate."""
+    from vllm_reattention import compat
+
+    attention = parent._modules.get("attn")
+    if compat.is_ours(child) or compat.is_ours(attention):
+        for other, module in parent._modules.items():
+            if hasattr(module, "stock"):
+                parent._modules[other] = vars(module)["stock"]
+
+
 def refusal(
-    model: Path, pretend_range: str | None = None, pretend_gpu: bool = False, **options
+    model: Path,
+    pretend_range: str | None = None,
+    pretend_gpu: bool = False,
+    batch_invariant: bool = False,
+    rotates_again: bool = False,
+    **options,
 ) -> str:
     """Why an engine does not start."""
+    from torch.nn.modules.module import register_module_module_registration_hook
     from vllm import LLM
     from vllm.v1.attention import selector
 
@@ -134,12 +255,17 @@ def refusal(
     supported, on_cpu = compat.VLLM_RANGE, compat.on_cpu
     compat.VLLM_RANGE = pretend_range or supported
     compat.on_cpu = lambda: on_cpu() and not pretend_gpu
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(batch_invariant))
+    other = register_module_module_registration_hook(_rotate_again) if rotates_again else None
     try:
         LLM(model=str(model), **(DEFAULTS | options))
     except (ValueError, NotImplementedError, RuntimeError) as error:
         return str(error)
     finally:
         compat.VLLM_RANGE, compat.on_cpu = supported, on_cpu
+        os.environ["VLLM_BATCH_INVARIANT"] = "0"
+        if other is not None:
+            other.remove()
         gc.collect()
     return ""
 

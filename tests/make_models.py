@@ -3,9 +3,11 @@
 python -m tests.make_models FOLDER [NAME ...]
 """
 
+import json
 import sys
 from pathlib import Path
 
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -146,6 +148,31 @@ def make(name: str, folder: Path) -> Path:
             parameter.normal_(mean=1, std=0.3)
     model.save_pretrained(path)
     return path
+
+
+@torch.no_grad()
+def make_adapter(model: Path) -> tuple[Path, Path]:
+    """A LoRA adapter of a model's queries and values; and the model with it merged in."""
+    adapter, merged = model.with_name("adapter"), model.with_name("merged")
+    if adapter.exists():
+        return adapter, merged
+    random, rank = torch.Generator().manual_seed(0), 4
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    weights = {}
+    for name, parameter in whole.named_parameters():
+        if "q_proj" not in name and "v_proj" not in name:
+            continue
+        rows, columns = parameter.shape
+        down, up = (torch.randn(s, generator=random) for s in ((rank, columns), (rows, rank)))
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        weights |= {f"{path}.lora_A.weight": down / 8, f"{path}.lora_B.weight": up / 8}
+        parameter += up @ down / 64
+    whole.save_pretrained(merged)
+    adapter.mkdir()
+    safetensors.torch.save_file(weights, adapter / "adapter_model.safetensors")
+    about = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    return adapter, merged
 
 
 def make_tokenizer(path: Path) -> None:

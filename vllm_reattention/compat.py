@@ -120,6 +120,7 @@ def _check_and_lift_length() -> None:
             return create(self)
         if refusal := version_refusal():
             raise ValueError(refusal)
+        _refuse_companions(self)
         config = ReAttentionConfig.read(self.additional_config)
         metrics.export()
         if self.block_size is None and current_platform.is_cpu():
@@ -149,6 +150,30 @@ def _check_and_lift_length() -> None:
 
     EngineArgs.create_model_config = create_model_config
     ModelConfig.get_and_verify_max_len = get_and_verify_max_len
+
+
+def _refuse_companions(arguments) -> None:
+    """What would split or read our pages as if they held keys and values alone."""
+    from vllm import envs
+
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(arguments, name)) > 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} must be 1, got {size}: all blocks of a request take part in a selection; "
+                "use --tensor-parallel-size or choose another attention backend"
+            )
+    if envs.VLLM_BATCH_INVARIANT:
+        raise ValueError(
+            "VLLM_BATCH_INVARIANT must be unset: where a prompt is cut decides what is recalled; "
+            "choose another attention backend"
+        )
+    transfer = arguments.kv_transfer_config
+    if transfer is not None and transfer.has_connector("LMCacheConnectorV1"):
+        raise ValueError(
+            "the KV connector must move whole pages, LMCacheConnectorV1 moves keys and values and "
+            "would leave out their summaries; use OffloadingConnector or NixlConnector"
+        )
 
 
 def on_cpu() -> bool:

@@ -194,7 +194,10 @@ def _must_be_position_free(some: list[Tensor], others: list[Tensor]) -> None:
     """Keys exactly; queries up to a scale, as some models turn up the temperature with position."""
     query, other = (torch.nn.functional.normalize(x[0].float(), dim=-1) for x in (some, others))
     if not _same(some[1:], others[1:]) or not torch.allclose(query, other, atol=1e-2):
-        raise Refused("its rotary embedding must be its only use of positions")
+        raise Refused(
+            "its rotary embedding must be its only use of positions, and no other plugin may "
+            "replace that"
+        )
 
 
 def _must_agree(off: float, tolerance: float) -> None:
