@@ -1,5 +1,8 @@
-"""What at least two kernels need: channel order, the tile's extent, slots, soft cap."""
+"""What at least two kernels need: early starts, rows and their rotation, slots and pages, cap."""
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
@@ -14,6 +17,13 @@ def source_channel(channel_offs, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
         return tl.where(channel_offs < 2 * HALF, turned, channel_offs)
     else:
         return channel_offs
+
+
+@triton.jit
+def partner_channel(channel_offs, HALF: tl.constexpr):
+    """The channel that rotates with the one at channel_offs; itself where none does."""
+    partner = tl.where(channel_offs < HALF, channel_offs + HALF, channel_offs - HALF)
+    return tl.where(channel_offs < 2 * HALF, partner, channel_offs)
 
 
 @triton.jit
@@ -42,3 +52,103 @@ def cap_logits(logits, soft_cap):
     """soft_cap * tanh(logits / soft_cap), from exponentials that cannot overflow to nan."""
     double = tl.exp2(tl.minimum(logits * (2.0 * LOG2E / soft_cap), 80.0))
     return soft_cap * (1.0 - 2.0 / (double + 1.0))
+
+
+@triton.jit
+def wait_for_previous(EARLY: tl.constexpr):
+    """Until the kernel launched before this one has ended; then the next may start.
+
+    Every path of an early kernel must pass here before it reads what that kernel wrote, writes
+    anything, or returns: the kernel behind takes the end of this one for the end of all before.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@functools.cache
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Launch arguments of a kernel whose start overlaps the end of the one before (Hopper on)."""
+    if device.type == "cuda" and not torch.version.hip:
+        if torch.cuda.get_device_capability(device) >= (9, 0):
+            return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
+
+
+@triton.jit
+def load_rows(
+    query_ptr, first_row, head_idx, row_offs, num_rows, query_stride_token, query_stride_head,
+    HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr,
+    PAD_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Queries of the rows (query, head of the group), and each channel's partner in a rotation.
+
+    Both [len(row_offs), PAD_HEAD], half-split, as the model made them.
+    """
+    channel_offs = tl.arange(0, PAD_HEAD)
+    partner_offs = partner_channel(channel_offs, HALF)
+    row_ptr = (
+        query_ptr
+        + (first_row + row_offs // GROUP).to(tl.int64) * query_stride_token
+        + (head_idx * GROUP + row_offs % GROUP) * query_stride_head
+    )[:, None]
+    mask = (row_offs < num_rows)[:, None] & (channel_offs < HEAD_SIZE)[None, :]
+    at = source_channel(channel_offs, HALF, INTERLEAVED)[None, :]
+    query = tl.load(row_ptr + at, mask=mask, other=0.0)
+    at = source_channel(partner_offs, HALF, INTERLEAVED)[None, :]
+    return query, tl.load(row_ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_angles(position, cos_sin_ptr, scale, HALF: tl.constexpr, PAD_HEAD: tl.constexpr):
+    """What each channel and its partner are multiplied with: [len(position), PAD_HEAD] both."""
+    channel_offs = tl.arange(0, PAD_HEAD)
+    turns = (channel_offs < 2 * HALF)[None, :]
+    angle_ptr = cos_sin_ptr + (position * (2 * HALF))[:, None] + (channel_offs % HALF)[None, :]
+    cos = tl.where(turns, tl.load(angle_ptr, mask=turns, other=0.0) * scale, 1.0)
+    sin = tl.load(angle_ptr + HALF, mask=turns, other=0.0) * scale
+    return cos, tl.where((channel_offs < HALF)[None, :], -sin, sin)
+
+
+@triton.jit
+def turn_rows(
+    query, partner, position, cos_sin_ptr, query_scale,
+    HALF: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, PAD_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Every row turned to every position, in the query's dtype: [POSITIONS * ROWS, PAD_HEAD]."""
+    if POSITIONS == 1:
+        turned = query
+        if HALF > 0:
+            cos, sin = load_angles(position, cos_sin_ptr, query_scale, HALF, PAD_HEAD)
+            turned = (query * cos + partner * sin).to(query.dtype)
+    else:
+        turned = tl.broadcast_to(query[None, :, :], [POSITIONS, ROWS, PAD_HEAD])
+        if HALF > 0:
+            cos, sin = load_angles(position, cos_sin_ptr, query_scale, HALF, PAD_HEAD)
+            turned = turned * cos[:, None, :] + partner[None, :, :] * sin[:, None, :]
+            turned = turned.to(query.dtype)
+        turned = tl.reshape(turned, [POSITIONS * ROWS, PAD_HEAD])
+    return turned
+
+
+@triton.jit
+def find_pages(slot, end, num_global, num_recalled, local, recalled_ptr, table_ptr):
+    """Blocks and pages of the slots; page 0 from end on."""
+    here = slot < end
+    is_recalled = (slot >= num_global) & (slot < num_global + num_recalled)
+    named = tl.load(recalled_ptr + slot - num_global, mask=is_recalled & here, other=0)
+    block = tl.where(slot < num_global, slot, local + slot - num_global - num_recalled)
+    block = tl.where(is_recalled, named, block)
+    return block, tl.load(table_ptr + block, mask=here, other=0).to(tl.int64)
+
+
+@triton.jit
+def finish_rows(best, total, acc, sink_ptr, head, row_mask, value_scale, HAS_SINKS: tl.constexpr):
+    """The attention of rows whose softmax state is complete, but for the sinks."""
+    if HAS_SINKS:
+        sink = tl.load(sink_ptr + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
+        new_best = tl.maximum(best, sink)
+        rescale = tl.exp2(best - new_best)
+        total = total * rescale + tl.exp2(sink - new_best)
+        acc = acc * rescale[:, None]
+    return acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]

@@ -1,7 +1,8 @@
 """recall_blocks: the best blocks in sequence order, without a sort and without the host.
 
-The k-th largest score is found two bits at a time (scores are not negative, so their bits order as
-integers). Long rows go through two rounds: the best k runs of blocks hold the best k blocks.
+The k-th largest score is found digit by digit, counting how many share each digit (scores are not
+negative, so their bits order as integers). Long rows go through two rounds: the best k runs of
+blocks hold the best k blocks.
 """
 
 import torch
@@ -9,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.primitives import early_launch, wait_for_previous
+
 # Registers of one program hold so many runs, and so many blocks of the best runs.
-MAX_RUNS = 4096
+MAX_RUNS = 4096  # counts of them must stay below 2^16
 MIN_RUN = 8
 
 
@@ -21,25 +24,30 @@ def _order_key(score):
 
 
 @triton.jit
+def _next_digit(key, found, wanted, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """The next BITS of the wanted-th largest of the keys that begin as found does."""
+    digit_offs = tl.arange(0, 1 << BITS)
+    digit = (key >> SHIFT) & ((1 << BITS) - 1)
+    count = tl.histogram(digit, 1 << BITS, mask=(key >> (SHIFT + BITS)) == found)
+    at_least = tl.cumsum(count, 0, reverse=True)
+    last = tl.max(tl.where(at_least >= wanted, digit_offs, 0))
+    return (found << BITS) + last, wanted - tl.sum(tl.where(digit_offs > last, count, 0))
+
+
+@triton.jit
 def _take_largest(key, k):
     """Which of key are the k largest (of equals, the first; never -1), and their places."""
-    found = 0
-    for step in range(11):
-        unit = 1 << (20 - 2 * step)
-        # three counts below 2^20 in one sum
-        count = tl.sum(
-            (key >= found + unit).to(tl.int64)
-            + ((key >= found + 2 * unit).to(tl.int64) << 20)
-            + ((key >= found + 3 * unit).to(tl.int64) << 40)
-        )
-        digit = ((count & 0xFFFFF) >= k).to(tl.int32)
-        digit += (((count >> 20) & 0xFFFFF) >= k).to(tl.int32)
-        digit += ((count >> 40) >= k).to(tl.int32)
-        found += digit * unit
-    larger = tl.sum((key > found).to(tl.int32))
-    is_equal = (key == found).to(tl.int32)
-    takes = (key > found) | ((is_equal > 0) & (tl.cumsum(is_equal, 0) <= k - larger))
-    return takes, tl.cumsum(takes.to(tl.int32), 0) - 1
+    found, wanted = _next_digit(key, 0, k, 16, 6)
+    found, wanted = _next_digit(key, found, wanted, 10, 6)
+    found, wanted = _next_digit(key, found, wanted, 5, 5)
+    found, wanted = _next_digit(key, found, wanted, 0, 5)
+    # keys before this one: larger ones in the low half, equals in the high half
+    larger = (key > found).to(tl.int32)
+    equal = (key == found).to(tl.int32)
+    before = tl.cumsum(larger + (equal << 16), 0)
+    equals = tl.minimum(before >> 16, wanted)
+    takes = (larger > 0) | ((equal > 0) & (before >> 16 <= wanted))
+    return takes, (before & 0xFFFF) + equals - 1
 
 
 @triton.jit(do_not_specialize=["n", "num_runs"])
@@ -53,7 +61,9 @@ def _best_of_runs_kernel(
     HAS_EXTENT: tl.constexpr,
     RUN: tl.constexpr,
     RUNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     tile_idx = tl.program_id(0).to(tl.int64)
     row_idx = tile_idx * tl.num_programs(1) + tl.program_id(1)
     extent = n
@@ -88,7 +98,9 @@ def _recall_blocks_kernel(
     TWO_ROUNDS: tl.constexpr,
     RUN: tl.constexpr,
     PAD_RUNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     tile_idx = tl.program_id(0).to(tl.int64)
     row_idx = tile_idx * tl.num_programs(1) + tl.program_id(1)
     extent = n
@@ -147,6 +159,7 @@ def recall_blocks(
     num_runs = triton.cdiv(n, run) if two_rounds else 0
     grid = (num_tiles, num_kv_heads)
     device = score.device
+    early = early_launch(device)
     out = torch.empty((*grid, num_recalled), dtype=torch.int32, device=device)
     run_key = torch.empty((*grid, num_runs), dtype=torch.int32, device=device)
     best_runs = torch.empty((*grid, padded if two_rounds else 0), dtype=torch.int32, device=device)
@@ -163,6 +176,7 @@ def recall_blocks(
             RUN=run,
             RUNS=runs,
             num_warps=4,
+            **early,
         )
     _recall_blocks_kernel[grid](
         score,
@@ -181,5 +195,6 @@ def recall_blocks(
         RUN=run,
         PAD_RUNS=MAX_RUNS,
         num_warps=4 if padded * run <= 1024 else 8 if padded * run <= 8192 else 16,
+        **early,
     )
     return out

@@ -1,9 +1,9 @@
 """score_blocks: each block's share of the position-free softmax, from its summary alone.
 
-Two passes, because a share needs its row's denominator. Decode keeps the first pass's log-mass:
-reading the summaries is its whole cost. Prefill, bound by the product itself, takes the
-denominator of a long context from every 8th block (it only weighs rows against each other) and
-multiplies once in full.
+Two passes, because a share needs its row's denominator. Single queries (decode) keep the first
+pass's log-mass: reading the summaries is its whole cost. Tiles (prefill), bound by the product
+itself, take the denominator of a long context from every 8th block (it only weighs rows against
+each other) and multiply once in full, blocks by rows, so that a share sums along the fast axis.
 """
 
 import math
@@ -14,71 +14,79 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
-from csrc_triton.primitives import LOG2E, source_channel, tile_slots
+from csrc_triton.primitives import (
+    LOG2E,
+    early_launch,
+    source_channel,
+    tile_slots,
+    wait_for_previous,
+)
 
 MAX_SPLITS = 64  # of the block axis
 
 
 @triton.jit
-def _load_rows(
-    query_ptr,
-    query_stride_token,
-    query_stride_head,
-    first_row,
-    head_idx,
-    row_offs,  # [ROWS], (query, head of the group)
-    num_rows,
-    query_scale,
-    scale,
-    HEAD_SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    GROUP: tl.constexpr,
+def _load_query(
+    query_ptr, first_row, head_idx, row_offs, num_rows, query_scale, scale,
+    query_stride_token, query_stride_head,
+    HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr,
     PAD_HEAD: tl.constexpr,
-):
-    """q, and (q * scale)^2 / 2, both in the query's dtype: [ROWS, PAD_HEAD]."""
-    channel_offs = tl.arange(0, PAD_HEAD)
-    source = source_channel(channel_offs, HALF, INTERLEAVED)
+):  # fmt: skip
+    """[q | q^2 * scale / 2], what [mean | variance] is multiplied with: [ROWS, 2 * PAD_HEAD]."""
+    joint_offs = tl.arange(0, 2 * PAD_HEAD)
+    channel_offs = joint_offs % PAD_HEAD
     row_ptr = (
         query_ptr
         + (first_row + row_offs // GROUP).to(tl.int64) * query_stride_token
         + (head_idx * GROUP + row_offs % GROUP) * query_stride_head
     )
+    at = source_channel(channel_offs, HALF, INTERLEAVED)
     mask = (row_offs < num_rows)[:, None] & (channel_offs < HEAD_SIZE)[None, :]
-    query = tl.load(row_ptr[:, None] + source[None, :], mask=mask, other=0.0)
-    wide = query.to(tl.float32) * tl.where(channel_offs < 2 * HALF, query_scale, 1.0)[None, :]
-    square = wide * scale * (wide * scale) * 0.5
-    return wide.to(query.dtype), square.to(query.dtype)
+    query = tl.load(row_ptr[:, None] + at[None, :], mask=mask, other=0.0)
+    wide = query * tl.where(channel_offs < 2 * HALF, query_scale, 1.0)[None, :]
+    joint = tl.where((joint_offs < PAD_HEAD)[None, :], wide, wide * wide * (0.5 * scale))
+    return joint.to(query.dtype)
 
 
 @triton.jit
-def _log_mass(
-    query,
-    square,
-    summary_ptr,
-    table_ptr,
-    head_idx,
-    block_offs,
-    block_mask,
-    scale,
-    summary_stride_block,
-    summary_stride_head,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAD_HEAD: tl.constexpr,
-):
-    """Estimated log2 of the blocks' softmax mass: [ROWS, len(block_offs)]."""
+def _load_summaries(
+    summary_ptr, table_ptr, head_idx, block_offs, block_mask,
+    summary_stride_block, summary_stride_head,
+    HEAD_SIZE: tl.constexpr, PAD_HEAD: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """[mean | variance] of the blocks' keys: [len(block_offs), 2 * PAD_HEAD]."""
     page = tl.load(table_ptr + block_offs, mask=block_mask, other=0).to(tl.int64)
-    channel_offs = tl.arange(0, PAD_HEAD)
+    joint_offs = tl.arange(0, 2 * PAD_HEAD)
+    channel_offs = joint_offs % PAD_HEAD
     at = summary_ptr + page * summary_stride_block + head_idx * summary_stride_head
-    at = at[:, None] + channel_offs[None, :]
-    mask = block_mask[:, None] & (channel_offs < HEAD_SIZE)[None, :]
-    mean = tl.load(at, mask=mask, other=0.0).to(query.dtype)
-    mass = tl.dot(query, tl.trans(mean)) * scale
-    variance = tl.load(at + HEAD_SIZE, mask=mask, other=0.0).to(query.dtype)
-    mass = tl.dot(square, tl.trans(variance), mass)
-    mass = mass * LOG2E + tl.log2(float(BLOCK_SIZE))
-    return tl.where(block_mask[None, :], mass, float("-inf"))
+    if HEAD_SIZE == PAD_HEAD:
+        summary = tl.load(at[:, None] + joint_offs[None, :])
+    else:
+        at = at[:, None] + (joint_offs // PAD_HEAD * HEAD_SIZE + channel_offs)[None, :]
+        summary = tl.load(at, mask=(channel_offs < HEAD_SIZE)[None, :], other=0.0)
+    return summary.to(dtype)
+
+
+@triton.jit
+def _row_totals(
+    partial_ptr, log_mass_ptr, out_row, row_offs, num_rows, partials, is_first,
+    MAX_ROWS: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """log2 of each row's denominator, inf for rows that are not there; the first split keeps it."""
+    split_offs = tl.arange(0, MAX_SPLITS)
+    row_mask = row_offs < num_rows
+    at = (out_row * MAX_ROWS + row_offs)[:, None] * partials + split_offs[None, :]
+    mask = row_mask[:, None] & (split_offs < partials)[None, :]
+    partial = tl.load(partial_ptr + at, mask=mask, other=-1e30)
+    best = tl.max(partial, axis=1)
+    total = best + tl.log2(tl.sum(tl.exp2(partial - best[:, None]), axis=1))
+    if is_first:
+        tl.store(
+            log_mass_ptr + out_row * MAX_ROWS + row_offs,
+            tl.where(row_mask, total / LOG2E, 0.0),
+            mask=row_offs < MAX_ROWS,
+        )
+    return tl.where(row_mask, total, float("inf"))
 
 
 @triton.jit(do_not_specialize=["max_blocks", "splits"])
@@ -118,7 +126,9 @@ def _sum_mass_kernel(
     SAMPLE_EVERY: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     ROW_PARTS: tl.constexpr = (MAX_ROWS + ROWS - 1) // ROWS
     tile_idx = (tl.program_id(0) // ROW_PARTS).to(tl.int64)
     row_offs = (tl.program_id(0) % ROW_PARTS) * ROWS + tl.arange(0, ROWS)
@@ -129,9 +139,9 @@ def _sum_mass_kernel(
     _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
     if (num_rows == 0) | (num_recalled == 0):
         return
-    query, square = _load_rows(
-        query_ptr, query_stride_token, query_stride_head, tl.load(row_ptr + tile_idx), head_idx,
-        row_offs, num_rows, query_scale, scale, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+    query = _load_query(
+        query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows, query_scale, scale,
+        query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
     )  # fmt: skip
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     out_row = tile_idx * tl.num_programs(1) + head_idx
@@ -150,10 +160,12 @@ def _sum_mass_kernel(
         index = first + tl.arange(0, BLOCKS)
         block_mask = index < end
         block_offs = tl.where(index < GLOBAL, index, GLOBAL + (index - GLOBAL) * every)
-        mass = _log_mass(
-            query, square, summary_ptr, table_ptr, head_idx, block_offs, block_mask, scale,
-            summary_stride_block, summary_stride_head, HEAD_SIZE, BLOCK_SIZE, PAD_HEAD,
+        summary = _load_summaries(
+            summary_ptr, table_ptr, head_idx, block_offs, block_mask,
+            summary_stride_block, summary_stride_head, HEAD_SIZE, PAD_HEAD, query.dtype,
         )  # fmt: skip
+        mass = tl.dot(query, tl.trans(summary)) * (scale * LOG2E) + tl.log2(float(BLOCK_SIZE))
+        mass = tl.where(block_mask[None, :], mass, float("-inf"))
         if KEEPS_MASS:
             at = (out_row * GROUP + row_offs)[:, None] * max_blocks + block_offs[None, :]
             tl.store(mass_ptr + at, mass, mask=(row_offs < num_rows)[:, None] & block_mask[None, :])
@@ -181,7 +193,7 @@ def _share_mass_kernel(
     length_ptr,
     position_ptr,
     mass_ptr,  # [num_tiles, num_kv_heads, group, max_blocks] log2, decode only
-    partial_ptr,  # [num_tiles, num_kv_heads, num_rows, PARTIALS] log2
+    partial_ptr,  # [num_tiles, num_kv_heads, num_rows, partials] log2
     score_ptr,  # [num_tiles, num_kv_heads, max_blocks]
     extent_ptr,  # [num_tiles]
     log_mass_ptr,  # [num_tiles, num_kv_heads, num_rows]
@@ -211,8 +223,9 @@ def _share_mass_kernel(
     KEEPS_MASS: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    ROW_PARTS: tl.constexpr = (MAX_ROWS + ROWS - 1) // ROWS
+    wait_for_previous(EARLY)
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     split_idx = tl.program_id(2)
@@ -225,40 +238,27 @@ def _share_mass_kernel(
     out_row = tile_idx * tl.num_programs(1) + head_idx
     if not selects:
         if split_idx == 0:
-            for part in range(ROW_PARTS):
-                row_offs = part * ROWS + tl.arange(0, ROWS)
+            for first in range(0, MAX_ROWS, ROWS):
+                row_offs = first + tl.arange(0, ROWS)
                 at = out_row * MAX_ROWS + row_offs
                 tl.store(log_mass_ptr + at, tl.zeros([ROWS], tl.float32), mask=row_offs < MAX_ROWS)
         return
 
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
-    partial_offs = tl.arange(0, MAX_SPLITS)
+    score_ptr += out_row * max_blocks
     per_split = tl.cdiv(tl.cdiv(local, BLOCKS), splits) * BLOCKS
     start = split_idx * per_split
     end = tl.minimum(start + per_split, local)
-    for part in tl.static_range(ROW_PARTS):
-        row_offs = part * ROWS + tl.arange(0, ROWS)
-        row_mask = row_offs < num_rows
-        partial = tl.load(
-            partial_ptr
-            + (out_row * MAX_ROWS + row_offs)[:, None] * partials
-            + partial_offs[None, :],
-            mask=row_mask[:, None] & (partial_offs < partials)[None, :],
-            other=-1e30,
-        )
-        best = tl.max(partial, axis=1)
-        total = best + tl.log2(tl.sum(tl.exp2(partial - best[:, None]), axis=1))
-        if split_idx == 0:
-            tl.store(
-                log_mass_ptr + out_row * MAX_ROWS + row_offs,
-                tl.where(row_mask, total / LOG2E, 0.0),
-                mask=row_offs < MAX_ROWS,
-            )
-        total = tl.where(row_mask, total, float("inf"))  # rows that are not there have no share
+    for first_of_part in tl.static_range(0, MAX_ROWS, ROWS):
+        row_offs = first_of_part + tl.arange(0, ROWS)
+        total = _row_totals(
+            partial_ptr, log_mass_ptr, out_row, row_offs, num_rows, partials, split_idx == 0,
+            MAX_ROWS, MAX_SPLITS,
+        )  # fmt: skip
         if not KEEPS_MASS:
-            query, square = _load_rows(
-                query_ptr, query_stride_token, query_stride_head, tl.load(row_ptr + tile_idx),
-                head_idx, row_offs, num_rows, query_scale, scale,
+            query = _load_query(
+                query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows,
+                query_scale, scale, query_stride_token, query_stride_head,
                 HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
             )  # fmt: skip
         for first in tl.range(start, end, BLOCKS, num_stages=STAGES):
@@ -266,19 +266,21 @@ def _share_mass_kernel(
             block_mask = block_offs < end
             if KEEPS_MASS:
                 at = (out_row * GROUP + row_offs)[:, None] * max_blocks + block_offs[None, :]
-                mask = row_mask[:, None] & block_mask[None, :]
+                mask = (row_offs < num_rows)[:, None] & block_mask[None, :]
                 mass = tl.load(mass_ptr + at, mask=mask, other=float("-inf"))
+                share = tl.sum(tl.exp2(tl.minimum(mass - total[:, None], 0.0)), axis=0)
             else:
-                mass = _log_mass(
-                    query, square, summary_ptr, table_ptr, head_idx, block_offs, block_mask,
-                    scale, summary_stride_block, summary_stride_head,
-                    HEAD_SIZE, BLOCK_SIZE, PAD_HEAD,
+                summary = _load_summaries(
+                    summary_ptr, table_ptr, head_idx, block_offs, block_mask,
+                    summary_stride_block, summary_stride_head, HEAD_SIZE, PAD_HEAD, query.dtype,
                 )  # fmt: skip
-            share = tl.sum(tl.exp2(tl.minimum(mass - total[:, None], 0.0)), axis=0)
-            at = score_ptr + out_row * max_blocks + block_offs
-            if part > 0:
-                share += tl.load(at, mask=block_mask, other=0.0)
-            tl.store(at, tl.where(block_offs < GLOBAL, -1.0, share), mask=block_mask)
+                mass = tl.dot(summary, tl.trans(query)) * (scale * LOG2E)
+                mass += (tl.log2(float(BLOCK_SIZE)) - total)[None, :]
+                share = tl.sum(tl.exp2(tl.minimum(mass, 0.0)), axis=1)
+            if first_of_part > 0:
+                share += tl.load(score_ptr + block_offs, mask=block_mask, other=0.0)
+            share = tl.where(block_offs < GLOBAL, -1.0, share)
+            tl.store(score_ptr + block_offs, share, mask=block_mask)
 
 
 def score_blocks(
@@ -303,9 +305,10 @@ def score_blocks(
     num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
     max_rows = tiles.max_length * group
     keeps_mass = tiles.max_length == 1
-    rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
-    blocks, warps, num_stages, programs = _tile_sizes(rows, head_size, keeps_mass)
-    splits = _splits(num_tiles * num_kv_heads * math.ceil(max_rows / rows), programs)
+    rows = min(triton.next_power_of_2(max_rows), 128)
+    row_parts = math.ceil(max_rows / rows)
+    blocks, warps, num_stages, wanted = _tile_sizes(head_size, keeps_mass)
+    splits = _splits(num_tiles * num_kv_heads * row_parts, wanted)
     fp32 = {"dtype": torch.float32, "device": query.device}
     mass = torch.empty((num_tiles, num_kv_heads, group, max_blocks) if keeps_mass else 1, **fp32)
     partial = torch.empty((num_tiles, num_kv_heads, max_rows, splits), **fp32)
@@ -313,11 +316,7 @@ def score_blocks(
     extent = torch.empty(num_tiles, dtype=torch.int32, device=query.device)
     log_mass = torch.empty((num_tiles, num_kv_heads, max_rows), **fp32)
     tensors = (query, pages.summary, block_table, *tiles[:4], mass, partial)
-    numbers = (
-        scale,
-        rotary.query_scale,
-        max_blocks,
-    )
+    numbers = (scale, rotary.query_scale, max_blocks)
     strides = (
         query.stride(0),
         query.stride(1),
@@ -338,31 +337,34 @@ def score_blocks(
         "MAX_ROWS": max_rows,
         "ROWS": rows,
         "KEEPS_MASS": keeps_mass,
-        "PAD_HEAD": triton.next_power_of_2(head_size),
-        "STAGES": num_stages,
+        "PAD_HEAD": max(triton.next_power_of_2(head_size), 16),
+        **early_launch(query.device),
     }
-    row_parts = math.ceil(max_rows / rows)
     _sum_mass_kernel[(num_tiles * row_parts, num_kv_heads, splits)](
-        *tensors, *numbers, splits, *strides, **fixed, BLOCKS=blocks,
+        *tensors, *numbers, splits, *strides, **fixed, BLOCKS=blocks, STAGES=num_stages,
         SAMPLE_FROM=scope.sample_from, SAMPLE_EVERY=Scope.SAMPLE_EVERY, num_warps=warps,
     )  # fmt: skip
-    share_splits, share_blocks = (splits, blocks)
-    if keeps_mass:
-        share_blocks = 256
-        share_splits = _splits(num_tiles * num_kv_heads, 264)
+    share_blocks, share_warps, share_stages, wanted = _share_sizes(head_size, keeps_mass)
+    share_splits = _splits(num_tiles * num_kv_heads, wanted)
     _share_mass_kernel[(num_tiles, num_kv_heads, share_splits)](
         *tensors, score, extent, log_mass, *numbers, splits, share_splits, *strides, **fixed,
-        BLOCKS=share_blocks, MAX_SPLITS=MAX_SPLITS,
-        num_warps=4 if keeps_mass else warps,
+        BLOCKS=share_blocks, MAX_SPLITS=MAX_SPLITS, STAGES=share_stages, num_warps=share_warps,
     )  # fmt: skip
     return score, extent, log_mass
 
 
-def _tile_sizes(rows: int, head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:
-    """Blocks per step, warps, stages, and programs to aim at."""
+def _tile_sizes(head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:
+    """Blocks per step, warps, stages, and programs to aim at, from a sweep on an H200."""
     if keeps_mass:
-        return 64, 4, 3, 528
-    return (64 if head_size <= 128 else 32), 8 if rows > 64 else 4, 3, 264
+        return 32, 4, 3, 528
+    return (64 if head_size <= 128 else 32), 8, 3, 264
+
+
+def _share_sizes(head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:
+    """The same for the second pass."""
+    if keeps_mass:
+        return 256, 4, 3, 264
+    return 64, 4 if head_size <= 128 else 8, 1, 264
 
 
 def _splits(programs: int, wanted: int) -> int:

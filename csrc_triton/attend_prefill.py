@@ -1,0 +1,196 @@
+"""Attention of tiles of many queries: every key is turned to its slot on the way in.
+
+One program holds the rows of a tile that share a KV head, so a key is loaded and turned once for
+all of them.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_triton.primitives import (
+    LOG2E,
+    cap_logits,
+    find_pages,
+    finish_rows,
+    load_angles,
+    load_rows,
+    partner_channel,
+    tile_slots,
+    wait_for_previous,
+)
+
+
+@triton.jit
+def _attend_keys(
+    best, total, acc, query, block, page, first_slot, num_slots, position, first_unwritten,
+    cos_sin_ptr, key_cache_ptr, value_cache_ptr, scale, soft_cap, cache_stride_block,
+    HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAD_HEAD: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax: the keys of SLOTS slots of the scope, from first_slot on."""
+    KEYS: tl.constexpr = SLOTS * BLOCK_SIZE
+    key = tl.arange(0, KEYS)
+    row = (page * cache_stride_block + key % BLOCK_SIZE * HEAD_SIZE)[:, None]
+    key_at = block * BLOCK_SIZE + key % BLOCK_SIZE
+    inside = first_slot + key // BLOCK_SIZE < num_slots
+    channel_offs = tl.arange(0, PAD_HEAD)
+    channel_mask = (channel_offs < HEAD_SIZE)[None, :]
+    at = row + channel_offs[None, :]
+    partner_at = row + partner_channel(channel_offs, HALF)[None, :]
+    if HEAD_SIZE == PAD_HEAD:
+        keys = tl.load(key_cache_ptr + at)
+        partner = tl.load(key_cache_ptr + partner_at)
+    else:
+        keys = tl.load(key_cache_ptr + at, mask=channel_mask, other=0.0)
+        partner = tl.load(key_cache_ptr + partner_at, mask=channel_mask, other=0.0)
+    if MASKED:
+        # A page's unwritten rows may hold anything, nan too: keep them out of the product.
+        written = inside & (key_at < first_unwritten)
+        mask = written[:, None] & channel_mask
+        values = tl.load(value_cache_ptr + at, mask=mask, other=0.0)
+    elif HEAD_SIZE == PAD_HEAD:
+        values = tl.load(value_cache_ptr + at)
+    else:
+        values = tl.load(value_cache_ptr + at, mask=channel_mask, other=0.0)
+
+    turned = keys.to(query.dtype)
+    if HALF > 0:
+        slot = tl.minimum(first_slot + tl.arange(0, SLOTS), num_slots - 1)
+        cos, sin = load_angles(slot * BLOCK_SIZE, cos_sin_ptr, 1.0, HALF, PAD_HEAD)
+        if SLOTS > 1:
+            cos = tl.reshape(
+                tl.broadcast_to(cos[:, None, :], [SLOTS, BLOCK_SIZE, PAD_HEAD]), [KEYS, PAD_HEAD]
+            )
+            sin = tl.reshape(
+                tl.broadcast_to(sin[:, None, :], [SLOTS, BLOCK_SIZE, PAD_HEAD]), [KEYS, PAD_HEAD]
+            )
+        turned = keys.to(tl.float32) * cos + partner.to(tl.float32) * sin
+    logits = tl.dot(query, tl.trans(turned.to(query.dtype)))
+    if HAS_CAP:
+        logits = cap_logits(logits * scale, soft_cap) * LOG2E
+    else:
+        logits = logits * (scale * LOG2E)
+    if MASKED:
+        seen = inside[None, :] & (key_at[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen = seen & (key_at[None, :] > position[:, None] - WINDOW)
+        logits = tl.where(seen, logits, float("-inf"))
+    new_best = tl.maximum(best, tl.max(logits, axis=1))
+    weight = tl.exp2(logits - new_best[:, None])
+    rescale = tl.exp2(best - new_best)
+    total = total * rescale + tl.sum(weight, axis=1)
+    acc = tl.dot(weight.to(query.dtype), values.to(query.dtype), acc * rescale[:, None])
+    return new_best, total, acc
+
+
+@triton.jit
+def attend_tile_kernel(
+    query_ptr,  # [num_tokens, num_heads, head_size]
+    key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
+    value_cache_ptr,
+    block_table_ptr,  # [num_requests, max_blocks]
+    request_ptr,  # [num_tiles]
+    row_ptr,
+    length_ptr,
+    position_ptr,
+    recalled_ptr,  # [num_tiles, num_kv_heads, recall_blocks]
+    cos_sin_ptr,  # [num_positions, 2, half]
+    sink_ptr,  # [num_heads], or null
+    out_ptr,  # [num_tokens, num_heads, head_size]
+    scale,  # of the logits, times the keys' scale
+    value_scale,
+    query_scale,
+    soft_cap,
+    query_stride_token,
+    query_stride_head,
+    out_stride_token,
+    out_stride_head,
+    table_stride,
+    cache_stride_block,
+    cache_stride_head,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    RECALL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PAD_HEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    wait_for_previous(EARLY)
+    ROW_PARTS: tl.constexpr = (MAX_ROWS + ROWS - 1) // ROWS
+    # The last tiles of a step see the most; starting with them evens out the end.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile_idx = (program // ROW_PARTS).to(tl.int64)
+    row_offs = (program % ROW_PARTS) * ROWS + tl.arange(0, ROWS)
+    head_idx = tl.program_id(1)
+    length = tl.load(length_ptr + tile_idx)
+    if (program % ROW_PARTS) * ROWS >= length * GROUP:
+        return
+    row_mask = row_offs < length * GROUP
+    out_row = tile_idx * tl.num_programs(1) + head_idx
+    first_position = tl.load(position_ptr + tile_idx)
+    block_idx = first_position // BLOCK_SIZE
+    num_global, num_recalled, local = tile_slots(
+        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, WINDOW
+    )
+    num_slots = num_global + num_recalled + block_idx - local + 1
+    position = first_position + row_offs // GROUP
+
+    first_row = tl.load(row_ptr + tile_idx)
+    query, partner = load_rows(
+        query_ptr, first_row, head_idx, row_offs, length * GROUP, query_stride_token,
+        query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+    )  # fmt: skip
+    if HALF > 0:
+        turn = (num_slots - 1) * BLOCK_SIZE + position % BLOCK_SIZE
+        cos, sin = load_angles(turn, cos_sin_ptr, query_scale, HALF, PAD_HEAD)
+        query = (query * cos + partner * sin).to(query.dtype)
+
+    # SLOTS at a time; only a window's first keys and the tile's own block need a mask.
+    plain_end = (num_slots - 1) // SLOTS * SLOTS
+    if WINDOW > 0:
+        plain_end = 0
+    table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
+    recalled_ptr += out_row * RECALL
+    key_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
+    value_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
+    best = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PAD_HEAD], tl.float32)
+    key_slot = tl.arange(0, SLOTS * BLOCK_SIZE) // BLOCK_SIZE
+    block, page = find_pages(
+        key_slot, num_slots, num_global, num_recalled, local, recalled_ptr, table_ptr
+    )
+    for MASKED in tl.static_range(2):
+        start = plain_end if MASKED else 0
+        end = num_slots if MASKED else plain_end
+        for first_slot in tl.range(start, end, SLOTS, num_stages=STAGES):
+            next_block, next_page = find_pages(
+                first_slot + SLOTS + key_slot, num_slots, num_global, num_recalled, local,
+                recalled_ptr, table_ptr,
+            )  # fmt: skip
+            best, total, acc = _attend_keys(
+                best, total, acc, query, block, page, first_slot, num_slots, position,
+                first_position + length, cos_sin_ptr, key_cache_ptr, value_cache_ptr, scale,
+                soft_cap, cache_stride_block,
+                HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, MASKED == 1, SLOTS, PAD_HEAD,
+            )  # fmt: skip
+            block, page = next_block, next_page
+
+    head = head_idx * GROUP + row_offs % GROUP
+    head_offs = tl.arange(0, PAD_HEAD)
+    out_mask = row_mask[:, None] & (head_offs < HEAD_SIZE)[None, :]
+    acc = finish_rows(best, total, acc, sink_ptr, head, row_mask, value_scale, HAS_SINKS)
+    at = (first_row + row_offs // GROUP).to(tl.int64) * out_stride_token + head * out_stride_head
+    tl.store(out_ptr + at[:, None] + head_offs[None, :], acc.to(query.dtype), mask=out_mask)
