@@ -83,6 +83,8 @@ def attend(
         keys, warps, stages = _tile_sizes(head_size)
         attend_tile_kernel[(num_tiles * math.ceil(max_rows / rows), num_kv_heads)](
             *arguments, **fixed, MAX_ROWS=max_rows, ROWS=rows, SLOTS=max(keys // block_size, 1),
+            PAD_HALF=max(triton.next_power_of_2(rotary.half), 16),
+            PAD_REST=max(triton.next_power_of_2(head_size - 2 * rotary.half), 16),
             STAGES=stages, num_warps=warps, **follows_ours,
         )  # fmt: skip
         return

@@ -12,9 +12,7 @@ from csrc_triton.primitives import (
     cap_logits,
     find_pages,
     finish_rows,
-    load_angles,
-    load_rows,
-    partner_channel,
+    source_channel,
     tile_slots,
     wait_for_previous,
 )
@@ -22,10 +20,12 @@ from csrc_triton.primitives import (
 
 @triton.jit
 def _attend_keys(
-    best, total, acc, query, block, page, first_slot, num_slots, position, first_unwritten,
-    cos_sin_ptr, key_cache_ptr, value_cache_ptr, scale, soft_cap, cache_stride_block,
+    best, total, acc, query_first, query_second, query_rest, block, page, first_slot, num_slots,
+    position, first_unwritten, cos_sin_ptr, key_cache_ptr, value_cache_ptr, scale, soft_cap,
+    cache_stride_block,
     HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAD_HEAD: tl.constexpr,
+    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAD_HALF: tl.constexpr,
+    PAD_REST: tl.constexpr, PAD_HEAD: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax: the keys of SLOTS slots of the scope, from first_slot on."""
     KEYS: tl.constexpr = SLOTS * BLOCK_SIZE
@@ -33,39 +33,50 @@ def _attend_keys(
     row = (page * cache_stride_block + key % BLOCK_SIZE * HEAD_SIZE)[:, None]
     key_at = block * BLOCK_SIZE + key % BLOCK_SIZE
     inside = first_slot + key // BLOCK_SIZE < num_slots
-    channel_offs = tl.arange(0, PAD_HEAD)
-    channel_mask = (channel_offs < HEAD_SIZE)[None, :]
-    at = row + channel_offs[None, :]
-    partner_at = row + partner_channel(channel_offs, HALF)[None, :]
-    if HEAD_SIZE == PAD_HEAD:
-        keys = tl.load(key_cache_ptr + at)
-        partner = tl.load(key_cache_ptr + partner_at)
-    else:
-        keys = tl.load(key_cache_ptr + at, mask=channel_mask, other=0.0)
-        partner = tl.load(key_cache_ptr + partner_at, mask=channel_mask, other=0.0)
+    head_offs = tl.arange(0, PAD_HEAD)
+    if HALF > 0:
+        half_offs = tl.arange(0, PAD_HALF)
+        half_mask = half_offs < HALF
+        if HALF == PAD_HALF:
+            first = tl.load(key_cache_ptr + row + half_offs[None, :])
+            second = tl.load(key_cache_ptr + HALF + row + half_offs[None, :])
+        else:
+            at = key_cache_ptr + row + half_offs[None, :]
+            first = tl.load(at, mask=half_mask[None, :], other=0.0)
+            second = tl.load(at + HALF, mask=half_mask[None, :], other=0.0)
     if MASKED:
         # A page's unwritten rows may hold anything, nan too: keep them out of the product.
         written = inside & (key_at < first_unwritten)
-        mask = written[:, None] & channel_mask
-        values = tl.load(value_cache_ptr + at, mask=mask, other=0.0)
+        value_mask = written[:, None] & (head_offs < HEAD_SIZE)[None, :]
+        value = tl.load(value_cache_ptr + row + head_offs[None, :], mask=value_mask, other=0.0)
     elif HEAD_SIZE == PAD_HEAD:
-        values = tl.load(value_cache_ptr + at)
+        value = tl.load(value_cache_ptr + row + head_offs[None, :])
     else:
-        values = tl.load(value_cache_ptr + at, mask=channel_mask, other=0.0)
+        value_mask = (head_offs < HEAD_SIZE)[None, :]
+        value = tl.load(value_cache_ptr + row + head_offs[None, :], mask=value_mask, other=0.0)
 
-    turned = keys.to(query.dtype)
     if HALF > 0:
         slot = tl.minimum(first_slot + tl.arange(0, SLOTS), num_slots - 1)
-        cos, sin = load_angles(slot * BLOCK_SIZE, cos_sin_ptr, 1.0, HALF, PAD_HEAD)
-        if SLOTS > 1:
-            cos = tl.reshape(
-                tl.broadcast_to(cos[:, None, :], [SLOTS, BLOCK_SIZE, PAD_HEAD]), [KEYS, PAD_HEAD]
-            )
-            sin = tl.reshape(
-                tl.broadcast_to(sin[:, None, :], [SLOTS, BLOCK_SIZE, PAD_HEAD]), [KEYS, PAD_HEAD]
-            )
-        turned = keys.to(tl.float32) * cos + partner.to(tl.float32) * sin
-    logits = tl.dot(query, tl.trans(turned.to(query.dtype)))
+        angle_ptr = cos_sin_ptr + (slot * (BLOCK_SIZE * 2 * HALF))[:, None, None]
+        angle_ptr += half_offs[None, None, :]
+        cos = tl.load(angle_ptr, mask=half_mask[None, None, :], other=0.0)
+        sin = tl.load(angle_ptr + HALF, mask=half_mask[None, None, :], other=0.0)
+        wide_first = tl.reshape(first, [SLOTS, BLOCK_SIZE, PAD_HALF]).to(tl.float32)
+        wide_second = tl.reshape(second, [SLOTS, BLOCK_SIZE, PAD_HALF]).to(tl.float32)
+        turned_first = (wide_first * cos - wide_second * sin).to(dtype)
+        turned_second = (wide_second * cos + wide_first * sin).to(dtype)
+        turned_first = tl.reshape(turned_first, [KEYS, PAD_HALF])
+        turned_second = tl.reshape(turned_second, [KEYS, PAD_HALF])
+        logits = tl.dot(query_first, tl.trans(turned_first))
+        logits = tl.dot(query_second, tl.trans(turned_second), logits)
+    if 2 * HALF < HEAD_SIZE:
+        rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
+        rest_mask = (rest_offs < HEAD_SIZE)[None, :]
+        rest = tl.load(key_cache_ptr + row + rest_offs[None, :], mask=rest_mask, other=0.0)
+        if HALF > 0:
+            logits = tl.dot(query_rest, tl.trans(rest.to(dtype)), logits)
+        else:
+            logits = tl.dot(query_rest, tl.trans(rest.to(dtype)))
     if HAS_CAP:
         logits = cap_logits(logits * scale, soft_cap) * LOG2E
     else:
@@ -79,7 +90,7 @@ def _attend_keys(
     weight = tl.exp2(logits - new_best[:, None])
     rescale = tl.exp2(best - new_best)
     total = total * rescale + tl.sum(weight, axis=1)
-    acc = tl.dot(weight.to(query.dtype), values.to(query.dtype), acc * rescale[:, None])
+    acc = tl.dot(weight.to(dtype), value.to(dtype), acc * rescale[:, None])
     return new_best, total, acc
 
 
@@ -125,6 +136,8 @@ def attend_tile_kernel(
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
+    PAD_HALF: tl.constexpr,
+    PAD_REST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     wait_for_previous(EARLY)
@@ -146,16 +159,31 @@ def attend_tile_kernel(
     )
     num_slots = num_global + num_recalled + block_idx - local + 1
     position = first_position + row_offs // GROUP
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
 
-    first_row = tl.load(row_ptr + tile_idx)
-    query, partner = load_rows(
-        query_ptr, first_row, head_idx, row_offs, length * GROUP, query_stride_token,
-        query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
-    )  # fmt: skip
+    row = (tl.load(row_ptr + tile_idx) + row_offs // GROUP).to(tl.int64)
+    head = head_idx * GROUP + row_offs % GROUP
+    query_row_ptr = (query_ptr + row * query_stride_token + head * query_stride_head)[:, None]
+    query_first = 0.0
+    query_second = 0.0
+    query_rest = 0.0
     if HALF > 0:
+        half_offs = tl.arange(0, PAD_HALF)
+        mask = row_mask[:, None] & (half_offs < HALF)[None, :]
+        at = source_channel(half_offs, HALF, INTERLEAVED)[None, :]
+        first = tl.load(query_row_ptr + at, mask=mask, other=0.0).to(tl.float32) * query_scale
+        at = source_channel(half_offs + HALF, HALF, INTERLEAVED)[None, :]
+        second = tl.load(query_row_ptr + at, mask=mask, other=0.0).to(tl.float32) * query_scale
         turn = (num_slots - 1) * BLOCK_SIZE + position % BLOCK_SIZE
-        cos, sin = load_angles(turn, cos_sin_ptr, query_scale, HALF, PAD_HEAD)
-        query = (query * cos + partner * sin).to(query.dtype)
+        angle_ptr = cos_sin_ptr + (turn * (2 * HALF))[:, None] + half_offs[None, :]
+        cos = tl.load(angle_ptr, mask=mask, other=0.0)
+        sin = tl.load(angle_ptr + HALF, mask=mask, other=0.0)
+        query_first = (first * cos - second * sin).to(dtype)
+        query_second = (second * cos + first * sin).to(dtype)
+    if 2 * HALF < HEAD_SIZE:
+        rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
+        mask = row_mask[:, None] & (rest_offs < HEAD_SIZE)[None, :]
+        query_rest = tl.load(query_row_ptr + rest_offs[None, :], mask=mask, other=0.0)
 
     # SLOTS at a time; only a window's first keys and the tile's own block need a mask.
     plain_end = (num_slots - 1) // SLOTS * SLOTS
@@ -181,16 +209,16 @@ def attend_tile_kernel(
                 recalled_ptr, table_ptr,
             )  # fmt: skip
             best, total, acc = _attend_keys(
-                best, total, acc, query, block, page, first_slot, num_slots, position,
-                first_position + length, cos_sin_ptr, key_cache_ptr, value_cache_ptr, scale,
-                soft_cap, cache_stride_block,
-                HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, MASKED == 1, SLOTS, PAD_HEAD,
+                best, total, acc, query_first, query_second, query_rest, block, page,
+                first_slot, num_slots, position, first_position + length, cos_sin_ptr,
+                key_cache_ptr, value_cache_ptr, scale, soft_cap, cache_stride_block,
+                HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, MASKED == 1, SLOTS,
+                PAD_HALF, PAD_REST, PAD_HEAD, dtype,
             )  # fmt: skip
             block, page = next_block, next_page
 
-    head = head_idx * GROUP + row_offs % GROUP
     head_offs = tl.arange(0, PAD_HEAD)
     out_mask = row_mask[:, None] & (head_offs < HEAD_SIZE)[None, :]
     acc = finish_rows(best, total, acc, sink_ptr, head, row_mask, value_scale, HAS_SINKS)
-    at = (first_row + row_offs // GROUP).to(tl.int64) * out_stride_token + head * out_stride_head
-    tl.store(out_ptr + at[:, None] + head_offs[None, :], acc.to(query.dtype), mask=out_mask)
+    at = row * out_stride_token + head * out_stride_head
+    tl.store(out_ptr + at[:, None] + head_offs[None, :], acc.to(dtype), mask=out_mask)

@@ -20,13 +20,6 @@ def source_channel(channel_offs, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def partner_channel(channel_offs, HALF: tl.constexpr):
-    """The channel that rotates with the one at channel_offs; itself where none does."""
-    partner = tl.where(channel_offs < HALF, channel_offs + HALF, channel_offs - HALF)
-    return tl.where(channel_offs < 2 * HALF, partner, channel_offs)
-
-
-@triton.jit
 def tile_slots(
     block_idx,
     BLOCK_SIZE: tl.constexpr,
@@ -86,7 +79,8 @@ def load_rows(
     Both [len(row_offs), PAD_HEAD], half-split, as the model made them.
     """
     channel_offs = tl.arange(0, PAD_HEAD)
-    partner_offs = partner_channel(channel_offs, HALF)
+    partner_offs = tl.where(channel_offs < HALF, channel_offs + HALF, channel_offs - HALF)
+    partner_offs = tl.where(channel_offs < 2 * HALF, partner_offs, channel_offs)
     row_ptr = (
         query_ptr
         + (first_row + row_offs // GROUP).to(tl.int64) * query_stride_token

@@ -97,6 +97,7 @@ def _recall_blocks_kernel(
     HAS_NAMES: tl.constexpr,
     TWO_ROUNDS: tl.constexpr,
     RUN: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PAD_RUNS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -113,9 +114,9 @@ def _recall_blocks_kernel(
         return
     score_ptr += row_idx * n
 
-    column = tl.arange(0, PAD_RECALLED * RUN)
+    column = tl.arange(0, COLUMNS)
     if TWO_ROUNDS:
-        if extent > PAD_RECALLED * RUN:
+        if extent > COLUMNS:
             run_offs = tl.arange(0, PAD_RUNS)
             key = tl.load(
                 run_key_ptr + row_idx * num_runs + run_offs,
@@ -155,7 +156,8 @@ def recall_blocks(
     num_tiles, num_kv_heads, n = score.shape
     padded = triton.next_power_of_2(max(num_recalled, 4))
     run = max(MIN_RUN, triton.next_power_of_2(triton.cdiv(n, MAX_RUNS)))
-    two_rounds = n > padded * run
+    two_rounds = n > max(padded * run, MAX_RUNS)
+    columns = padded * run if two_rounds else triton.next_power_of_2(max(n, 4))
     num_runs = triton.cdiv(n, run) if two_rounds else 0
     grid = (num_tiles, num_kv_heads)
     device = score.device
@@ -171,7 +173,7 @@ def recall_blocks(
             run_key,
             n,
             num_runs,
-            padded * run,
+            columns,
             HAS_EXTENT=extent is not None,
             RUN=run,
             RUNS=runs,
@@ -193,8 +195,9 @@ def recall_blocks(
         HAS_NAMES=blocks is not None,
         TWO_ROUNDS=two_rounds,
         RUN=run,
+        COLUMNS=columns,
         PAD_RUNS=MAX_RUNS,
-        num_warps=4 if padded * run <= 1024 else 8 if padded * run <= 8192 else 16,
+        num_warps=4 if columns <= 1024 else 8 if columns <= 8192 else 16,
         **early,
     )
     return out

@@ -188,5 +188,5 @@ def refine_scores(
 def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
     """Candidates at once, warps and stages, from a sweep on an H200."""
     if rows <= 16:
-        return 16, 4, 3
+        return 16, 2 if head_size <= 128 else 4, 3
     return 64, 8 if rows > 64 else 4, 2 if head_size > 128 else 3
