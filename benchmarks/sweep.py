@@ -45,6 +45,8 @@ def main() -> None:
                     print(stage, tried, type(error).__name__, flush=True)
             setattr(module, name_of_sizes, chosen)
             torch.cuda.synchronize()
+            if not found:
+                continue
             best = "; ".join(f"{t:.4f} {s}" for t, s in sorted(found)[:5])
             kind = "decode" if new == 1 else "prefill"
             print(f"{kind} {batch} x {context} {stage}{name_of_sizes}: {best}", flush=True)
