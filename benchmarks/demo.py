@@ -5,8 +5,7 @@
 Starts vLLM's OpenAI-compatible server on our tiny model twice: with reattention, then with vLLM's
 own backend and max_position_embeddings raised, so that it runs at all. Both get the same prompts:
 one within the trained window, to show that the server is sound, and one 64 times as long for each
-depth. So small a model gets some codes wrong; the exit status tells whether
-reattention got the one within and most of those beyond right.
+depth. The exit status tells whether reattention got all of them right.
 """
 
 import argparse
@@ -137,14 +136,7 @@ def main() -> int:
             f"{backend}: {int(within)} of 1 right within the trained window, "
             f"{sum(beyond)} of {len(beyond)} right {TIMES} times beyond it"
         )
-    print("This model has 1.25 M parameters; some of its codes are wrong.")
-    return 0 if is_convincing(found["reattention"]) else 1
-
-
-def is_convincing(found: list[bool]) -> bool:
-    """The one within the window, and more than half of those beyond it."""
-    within, *beyond = found
-    return within and 2 * sum(beyond) > len(beyond)
+    return 0 if all(found["reattention"]) else 1
 
 
 if __name__ == "__main__":

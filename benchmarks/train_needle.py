@@ -64,16 +64,16 @@ class Template(NamedTuple):
     """A sentence as tokens, and where its names and its code go."""
 
     tokens: torch.Tensor  # [length]
-    adjective: int
-    noun: int
-    code: int
+    adjectives: list[int]
+    nouns: list[int]
+    code: list[int]
 
     def fill(self, adjectives, nouns, codes):
         """Names [batch, count], codes [batch, count, digits] -> [batch, count, length]."""
         filled = self.tokens.repeat(*adjectives.shape, 1)
-        filled[..., self.adjective] = adjectives
-        filled[..., self.noun] = nouns
-        filled[..., self.code : self.code + codes.shape[-1]] = codes
+        filled[..., self.adjectives] = adjectives[..., None]
+        filled[..., self.nouns] = nouns[..., None]
+        filled[..., self.code] = codes
         return filled
 
 
@@ -97,11 +97,12 @@ class Windows:
         self.fact = self._template(encode(tokenizer, fact))
         self.question = self._template(encode(tokenizer, f"{question} {code}"))
         self.bos, self.eos = map(tokenizer.token_to_id, (BOS, EOS))
+        self.vocab_size = tokenizer.get_vocab_size()
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def _template(self, tokens: list[int]) -> Template:
         blanks = (self.adjectives[0], self.nouns[0], self.digits[0])
-        places = [tokens.index(blank.item()) for blank in blanks]
+        places = [[i for i, token in enumerate(tokens) if token == blank] for blank in blanks]
         return Template(torch.tensor(tokens, device=self.device), *places)
 
     def _random(self, *shape):
@@ -113,10 +114,11 @@ class Windows:
     def _distinct(self, words, batch, count):
         return words[self._random(batch, len(words)).argsort(1)[:, :count]]
 
-    def sample(self, batch, length, facts=1, questions=1, depth=None, look_alike=0.5, spliced=0.5):
+    def sample(self, batch, length, facts=1, repeats=0, depth=None, look_alike=0.5, spliced=0.5):
         """Tokens, their labels, and where an answer is predicted; all [batch, length].
 
-        As many of the facts as there are questions are asked about.
+        The question at the end is about the first fact.
+        repeats     how many sentences tell one of the facts again: answers without a question
         depth       of the first fact; None is anywhere, and often the very start
         look_alike  the share of other facts that have a word in common with the first
         spliced     the share of windows whose text is fragments from random places
@@ -129,24 +131,24 @@ class Windows:
         same_noun = (kind >= look_alike / 2) & (kind < look_alike)
         nouns = torch.where(same_noun, nouns[:, :1], nouns)
         codes = self.digits[self._randint(10, batch, facts, needle_text.CODE_DIGITS)]
-        sentences = self.fact.fill(adjectives, nouns, codes)
-        asked = (adjectives[:, :questions], nouns[:, :questions], codes[:, :questions])
-        suffix = self.question.fill(*asked)  # [batch, questions, question_len]
+        question = self.question.fill(adjectives[:, :1], nouns[:, :1], codes[:, :1])[:, 0]
 
-        body_len = length - 1 - suffix[0].numel()
+        told = torch.arange(facts, device=self.device).expand(batch, facts)
+        told = torch.cat([told, self._randint(facts, batch, repeats)], 1)  # [batch, sentences]
+        sentences = self.fact.fill(adjectives, nouns, codes)
+        sentences = sentences.gather(1, told[..., None].expand(-1, -1, sentences.shape[-1]))
+        body_len = length - 1 - question.shape[1]
         text_len = body_len - sentences[0].numel()
         if text_len < 0:
-            raise ValueError(f"length must hold {facts} facts and {questions} questions")
-        gaps = self._randint(text_len + 1, batch, facts)  # how much text stands before each fact
+            raise ValueError(f"length must hold {told.shape[1]} facts and a question, got {length}")
+        gaps = self._randint(text_len + 1, *told.shape)  # how much text stands before each sentence
         if depth is None:
             gaps[:, 0] *= self._random(batch) > 0.1
         else:
             gaps[:, 0] = round(depth * text_len)
         rank = gaps.argsort(dim=1, stable=True).argsort(1)
-        fact_offs = torch.arange(self.fact.tokens.numel(), device=self.device)
-        places = (gaps + rank * fact_offs.numel())[
-            ..., None
-        ] + fact_offs  # [batch, facts, fact_len]
+        sentence_offs = torch.arange(sentences.shape[-1], device=self.device)
+        places = (gaps + rank * len(sentence_offs))[..., None] + sentence_offs
         is_fact = torch.zeros(batch, body_len, dtype=torch.bool, device=self.device)
         is_fact.scatter_(1, places.flatten(1), True)
         text_index = (~is_fact).cumsum(1).sub(1).clamp(min=0)
@@ -154,13 +156,33 @@ class Windows:
         body.scatter_(1, places.flatten(1), sentences.flatten(1))
 
         start = torch.full((batch, 1), self.bos, device=self.device)
-        tokens = torch.cat([start, body, suffix.flatten(1)], 1)
+        tokens = torch.cat([start, body, question], 1)
         labels = tokens.roll(-1, 1)
+        labels[:, -1] = self.eos
+        is_same = told[:, :, None] == told[:, None, :]
+        is_known = (is_same & (rank[:, None, :] < rank[:, :, None])).any(2)  # told before
+        digits = places[..., self.fact.code]  # in the body, so where each is predicted
         is_answer = torch.zeros_like(tokens, dtype=torch.bool)
-        for end in range(length, body_len + 1, -suffix.shape[-1]):
-            labels[:, end - 1] = self.eos  # also before another question: an answer ends there
-            is_answer[:, end - ANSWER_LEN : end] = True
+        is_answer.scatter_(1, digits.flatten(1), is_known.repeat_interleave(digits.shape[2], 1))
+        is_answer[:, -ANSWER_LEN:] = True
         return tokens, labels, is_answer
+
+    def copies(self, batch, length):
+        """As `sample`: random tokens over and over, to be predicted once they have been told.
+
+        How many there are, and of how many kinds, differs from window to window: what followed the
+        last time must be found by the tokens before it, not by how long ago it was.
+        """
+        period = 8 + self._randint(length // 2 - 8, batch, 1)
+        kinds = 8 * 2 ** self._randint(7, batch, 1)
+        alphabet = 2 + self._randint(self.vocab_size - 2, batch, 512)  # 0 and 1 are BOS and EOS
+        drawn = alphabet.gather(1, (self._random(batch, length) * kinds).long())
+        offs = torch.arange(length - 1, device=self.device)
+        tokens = drawn.gather(1, offs % period)
+        tokens = torch.cat([torch.full((batch, 1), self.bos, device=self.device), tokens], 1)
+        is_answer = torch.arange(length, device=self.device) > period
+        is_answer[:, -1] = False
+        return tokens, tokens.roll(-1, 1), is_answer
 
     def _text(self, index, max_len, spliced):
         """The text under each index: in one run, or in fragments of 16 to 64 tokens."""
@@ -212,16 +234,17 @@ def build_model() -> transformers.LlamaForCausalLM:
 
 
 def draw_shape(rng: random.Random, longest: int) -> dict[str, int]:
-    """Length, facts and questions of a batch; every other batch asks once, as the evaluation."""
+    """Half of the batches are as in the evaluation, half are full of facts told again.
+
+    Each fact told again asks for its name to be matched, which one question in a window does too
+    rarely: without them only "find the one code" is learned.
+    """
     length = rng.randrange(64, longest + 1, 32)
-    room = length * 4 // 5 - 37  # a fact and its question have 37 tokens
-    questions = 1 + (rng.random() < 0.5) * rng.randint(0, room // 37)
-    others = (room - 37 * (questions - 1)) // 15
-    return {
-        "length": length,
-        "facts": questions + rng.randint(0, min(4, others)),
-        "questions": questions,
-    }
+    sentences = length // 16 - 2  # a sentence has 15 tokens, a question 22
+    if rng.random() < 0.5:
+        return {"length": length, "facts": rng.randint(1, min(5, sentences))}
+    facts = rng.randint(1, max(1, sentences // 2))
+    return {"length": length, "facts": facts, "repeats": sentences - facts}
 
 
 def predict(model, tokens, autocast=True):
@@ -244,28 +267,34 @@ def exact_share(model, windows: Windows, num_windows: int, autocast=True, **shap
 def train(model, windows: Windows, held_out: Windows, args, log) -> tuple[int, float]:
     """Constant learning rate until solved (or out of steps or time), then down to zero.
 
-    Windows are short first: they double when nine in ten of the answers' tokens are right.
+    Copies come first, alone, until they are learned: a model that never learned to look for what
+    came before finds the one code in a window by its digits, and guesses among several. Windows are
+    short first: they double when nine in ten of the answers' tokens are right.
     """
+    has_copied = False
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     longest, end, solved = 128, args.steps, 0
     recent = []
     start = time.perf_counter()
     step = 0
     while step < end:
-        shape = draw_shape(rng, longest)
-        tokens, labels, is_answer = windows.sample(args.batch_tokens // shape["length"], **shape)
+        if not has_copied or rng.random() < args.copies:
+            length = rng.randrange(64, longest + 1, 32)
+            tokens, labels, is_answer = windows.copies(args.batch_tokens // length, length)
+        else:
+            shape = draw_shape(rng, longest)
+            batch = args.batch_tokens // shape["length"]
+            tokens, labels, is_answer = windows.sample(batch, **shape)
         logits = predict(model, tokens)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses = losses.view_as(labels)
         answer_loss = (losses * is_answer).sum() / is_answer.sum()
         loss = answer_loss + args.text_weight * losses.mean()
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(
-                1, (step + 1) / args.warmup, (end - step) / args.cooldown
-            )
+        share = min(1, (step + 1) / args.warmup, (end - step) / args.cooldown)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * share
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -286,8 +315,9 @@ def train(model, windows: Windows, held_out: Windows, args, log) -> tuple[int, f
                 loss=loss,
                 accuracy=accuracy,
             )
-            if accuracy > 0.9:
+            if accuracy > 0.9 and has_copied:
                 longest = min(2 * longest, WINDOW)
+            has_copied |= accuracy > 0.85
             if seconds > args.seconds:
                 end = min(end, step + args.cooldown)
         if step % CHECK_EVERY == 0 and longest == WINDOW:
@@ -385,7 +415,6 @@ to test and to show vllm-reattention and is of no other use. Prompts have this f
     ... any text ...{fact} ... any text ...{question}
 
 with an adjective and a noun of `benchmarks/needle_text.py`. The model writes ` 12345` and stops.
-Among look-alikes it guesses: it learned to find the one code in a text, not to match its name.
 
 Trained window {window} tokens, {layers} layers, hidden size {hidden}, {heads} query and {kv_heads}
 KV heads of {head_dim}, tied embeddings, RoPE base {theta:,.0f}, byte-level BPE of {vocab} tokens.
@@ -454,15 +483,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000, help="at most")
+    parser.add_argument("--steps", type=int, default=12_000, help="at most")
     parser.add_argument("--min-steps", type=int, default=3000, help="before an early stop")
     parser.add_argument(
-        "--seconds", type=float, default=150, help="then the rate goes down to zero"
+        "--seconds", type=float, default=120, help="then the rate goes down to zero"
     )
-    parser.add_argument("--batch-tokens", type=int, default=65_536)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--batch-tokens", type=int, default=16_384)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--copies", type=float, default=0.2, help="share of steps on random copies")
     parser.add_argument("--warmup", type=int, default=100, help="steps")
-    parser.add_argument("--cooldown", type=int, default=500, help="steps")
+    parser.add_argument("--cooldown", type=int, default=300, help="steps")
     parser.add_argument("--text-weight", type=float, default=0.3, help="of the loss on all tokens")
     parser.add_argument("--eval-windows", type=int, default=1024, help="per figure")
     return parser.parse_args()

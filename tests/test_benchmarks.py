@@ -399,11 +399,3 @@ def test_the_demos_prompts_have_their_lengths(prompts, model):
     assert [count(tokenizer)(task.prompt) for task in beyond] == [64 * 512] * len(demo.DEPTHS)
     assert all("What is the secret code of" in task.question for task in (within, *beyond))
     assert all(task.prompt.count(task.code) == 1 for task in (within, *beyond))
-
-
-@pytest.mark.parametrize(
-    "found, convincing",
-    [([True, True, True, False], True), ([False, True, True], False), ([True, True, False], False)],
-)
-def test_the_demo_fails_unless_most_is_found(found, convincing):
-    assert demo.is_convincing(found) == convincing
