@@ -1,0 +1,310 @@
+"""Figure 4: which rule recalls the needle, and whether its recall is what an answer hangs on.
+
+    python -m benchmarks.rules MODEL --lengths 16384 65536 --tasks essay --rules refined exact
+
+The model runs in Transformers with our stages as its attention and one prompt at a time, so that a
+rule that is not served can be put in the place of `select`. Every rule sees the same prompts.
+
+coverage is the share of the needle's blocks in the scope while the answer is written; each layer
+and KV head counts by the attention that it pays the needle when the same task stands in a quarter
+of the trained window and nothing is left out. So the heads that do the finding count.
+
+refined     what is served: summaries, then the keys of the best candidates
+wide        the same with 16 candidates a recalled block
+normalised  the same with the softmax's denominators from every key
+exact       shares from every key
+mean        refined, by the logits' mean over all distances in the scope, not without positions
+max         exact, by the highest share of any row of the tile instead of their sum
+newest      exact, by the tile's last query alone
+layer       refined, summed over KV heads: all heads recall the same
+spread      refined, with half of a block's share given to each of its neighbours too
+oracle      refined, with the needle's blocks in the place of the last recalled
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import engines, harness
+from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, is_hit
+from csrc_triton.layout import Pages, Rotary, Tiles, rotation_table
+from vllm_reattention import attention
+from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.tiles import prefill_tiles
+
+EXACT = ("exact", "max", "newest")
+SPREAD = ("spread", "layer-spread", "mean-spread")
+RULES = ("refined", "wide", "normalised", *EXACT, "mean", "layer", *SPREAD, "oracle")
+BLOCK_SIZE = engines.BLOCK_SIZE
+COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
+COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
+TABLE = harness.RESULTS / "rules.csv"
+EXACT_BYTES = 1 << 30  # of logits at once
+
+
+class Unrotated(nn.Module):
+    """In the place of a model's rotary embedding: positions are ours to give."""
+
+    def forward(self, x, position_ids):
+        shape = (1, position_ids.shape[1], 1)
+        return x.new_ones(shape), x.new_zeros(shape)
+
+
+class Layer(NamedTuple):
+    pages: Pages
+    key: Tensor  # [max_tokens, num_kv_heads, head_size], not rotated
+
+
+class Study:
+    """A model with ReAttention by a rule, over one request that grows."""
+
+    def __init__(self, model: str, device: str, dtype: torch.dtype):
+        from transformers import AttentionInterface, AutoModelForCausalLM
+
+        AttentionInterface.register("reattention", self._attend)
+        load = AutoModelForCausalLM.from_pretrained
+        self.model = load(model, dtype=dtype, attn_implementation="reattention").to(device).eval()
+        config = self.model.config
+        base = self.model.model.rotary_emb
+        self.window = config.max_position_embeddings
+        self.rotary = Rotary(rotation_table(base.inv_freq.to(device), self.window))
+        self.model.model.rotary_emb = Unrotated()
+        self.kv_heads = config.num_key_value_heads
+        self.device = device
+
+    def answer(self, prompt: Prompt, needle: range, rule: str, settings: dict):
+        """Greedy tokens, and for each [layer, KV head] what was in scope of the needle's blocks
+        while they were written, and what attention its tokens had (0 past the dense limit)."""
+        self.rule, self.needle = rule, needle
+        self.scope = ReAttentionConfig(**settings).resolve(self.window, BLOCK_SIZE)
+        first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
+        self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
+        self.layers, self.seen, self.length = {}, {}, 0
+        blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
+        self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
+        tokens, written = prompt.tokens, []
+        with torch.inference_mode():
+            for _ in range(ANSWER_LEN):
+                at = torch.tensor([tokens], device=self.device)
+                place = torch.arange(len(tokens), device=self.device)[None] + self.length
+                out = self.model(at, position_ids=place, use_cache=False, logits_to_keep=1)
+                self.length += len(tokens)
+                tokens = [int(out.logits[0, -1].argmax())]
+                written += tokens
+        seen = torch.stack([torch.stack(self.seen[index]) for index in sorted(self.seen)])
+        return written, *seen.mean(1).cpu().unbind(1)
+
+    def _attend(self, module, query, key, value, mask, scaling, **_):
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        index, new = module.layer_idx, query.shape[0]
+        if index not in self.layers:
+            self.layers[index] = self._empty(key)
+        layer = self.layers[index]
+        stage = attention.stages(query.device)
+        slots = torch.arange(self.length, self.length + new, device=self.device)
+        stage.write_kv(key, value, layer.pages, slots, self.rotary)
+        layer.key[slots] = key
+        starts = torch.tensor([0, new], dtype=torch.int32)
+        lens = torch.tensor([self.length + new], dtype=torch.int32, device=self.device)
+        if new == 1:
+            zero = lens.new_zeros(1)
+            tiles = Tiles(zero, zero, lens.new_ones(1), lens - 1, 1)
+        else:
+            tiles = prefill_tiles(starts.to(self.device), starts, lens, 0, BLOCK_SIZE)
+        out = torch.empty_like(query)
+        heads, width = query.shape[1], self.table.shape[1]
+        run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width)
+        for start in range(0, tiles.row.shape[0], run):
+            part = Tiles(*(column[start : start + run] for column in tiles[:4]), tiles.max_length)
+            recalled = self._select(query, layer, part, scaling)
+            common = (query, layer.pages, self.table, part, recalled)
+            stage.attend(*common, self.scope, self.rotary, scaling, out)
+        if new == 1:
+            self.seen.setdefault(index, []).append(self._look(query, layer, recalled, scaling))
+        return out[None], None
+
+    def _empty(self, key: Tensor) -> Layer:
+        blocks, (heads, size) = self.table.shape[1], key.shape[1:]
+        cache = key.new_zeros((2, blocks, heads, BLOCK_SIZE, size))
+        pages = Pages(*cache, key.new_zeros((blocks, heads, 2, size)))
+        return Layer(pages, key.new_zeros((blocks * BLOCK_SIZE, heads, size)))
+
+    def _look(self, query: Tensor, layer: Layer, recalled: Tensor, scale: float) -> Tensor:
+        """[2, num_kv_heads]: the needle's blocks in scope, and the attention on its tokens."""
+        num_global, _, local = self.scope.slots(self.length // BLOCK_SIZE, BLOCK_SIZE)
+        inside = (recalled[0][:, :, None] == self.blocks).any(1)
+        inside |= (self.blocks < num_global) | (self.blocks >= local)
+        mass = query.new_zeros(self.kv_heads, dtype=torch.float32)
+        if local == 0:
+            table = self.rotary.cos_sin[: self.length + 1, None]
+            key = rotate(layer.key[: self.length + 1].float(), table)
+            turned = rotate(query.float(), table[-1:]).unflatten(1, (self.kv_heads, -1))
+            logits = torch.einsum("hgd,khd->hgk", turned[0], key) * scale
+            on = logits.softmax(-1)[..., self.needle.start : self.needle.stop]
+            mass = on.sum(-1).mean(1)
+        return torch.stack((inside.float().mean(1), mass))
+
+    def _select(self, query: Tensor, layer: Layer, tiles: Tiles, scale: float) -> Tensor:
+        scope, rotary, stage = self.scope, self.rotary, attention.stages(query.device)
+        common = (layer.pages, self.table, tiles)
+        if self.rule in EXACT:
+            score = self._exact(query, layer.key, tiles, scale)[0]
+            return stage.recall_blocks(score, scope.recall_blocks)
+        if self.rule.startswith("mean"):
+            size = (scope.global_blocks + scope.recall_blocks + scope.local_blocks) * BLOCK_SIZE
+            query = rotate(query.float(), rotary.cos_sin[:size].mean(0)).to(query.dtype)
+        if self.rule in ("refined", "oracle", "mean"):
+            recalled = attention.select(query, *common, scope, rotary, scale)
+            return self._with_needle(recalled, tiles) if self.rule == "oracle" else recalled
+        score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
+        if self.rule == "normalised":
+            mass = self._exact(query, layer.key, tiles, scale)[1]
+        column = torch.arange(score.shape[-1], device=score.device)
+        can = (column >= scope.global_blocks) & (column < extent[:, None, None])
+        score = self._shared(torch.where(can, score, 0), can)
+        count = (4 if self.rule == "wide" else 1) * scope.candidate_blocks
+        candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent)
+        refined = stage.refine_scores(query, *common, candidates, mass, rotary, scale)
+        named = candidates.clamp(min=0).long()
+        score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
+        score = self._shared(score, can).gather(-1, named)
+        score = torch.where(candidates >= 0, score, -1.0)
+        return stage.recall_blocks(score, scope.recall_blocks, blocks=candidates)
+
+    def _shared(self, score: Tensor, can: Tensor) -> Tensor:
+        """Scores of blocks, with those of other heads or of neighbours if the rule says so."""
+        if self.rule.startswith("layer"):
+            score = score.sum(1, keepdim=True).expand_as(score)
+        if self.rule in SPREAD:
+            beside = nn.functional.pad(score, (1, 1))
+            score = score + (beside[..., :-2] + beside[..., 2:]) / 2
+        return torch.where(can, score, -1.0).contiguous()
+
+    def _with_needle(self, recalled: Tensor, tiles: Tiles) -> Tensor:
+        """The needle's blocks instead of the last, where they lie between global and local."""
+        count, size = len(self.blocks), recalled.shape[-1]
+        local = tiles.position // BLOCK_SIZE - self.scope.local_blocks + 1
+        wanted = self.blocks.expand(*recalled.shape[:2], -1)
+        can = (self.blocks >= self.scope.global_blocks) & (wanted < local[:, None, None])
+        others = torch.where(torch.isin(recalled, self.blocks), 1 << 30, recalled).sort(-1).values
+        forced = torch.cat((others[..., : size - count], wanted), -1).sort(-1).values
+        return torch.where(can.all(-1, keepdim=True), forced, recalled).to(torch.int32)
+
+    def _exact(self, query: Tensor, key: Tensor, tiles: Tiles, scale: float):
+        """Shares of the position-free softmax from every key, and its denominators:
+        [num_tiles, num_kv_heads, max_blocks], [num_tiles, num_kv_heads, rows]."""
+        scope, heads, most = self.scope, self.kv_heads, tiles.max_length
+        group, blocks = query.shape[1] // heads, key.shape[0] // BLOCK_SIZE
+        keys, num_tiles = key.permute(1, 2, 0), tiles.row.shape[0]
+        score = query.new_full((num_tiles, heads, blocks), -1.0, dtype=torch.float32)
+        totals = score.new_zeros((num_tiles, heads, most * group))
+        chunk = max(1, EXACT_BYTES // (4 * heads * most * group * key.shape[0]))
+        offset = torch.arange(most, device=query.device)
+        for start in range(0, num_tiles, chunk):
+            part = slice(start, start + chunk)
+            last = tiles.position[part] // BLOCK_SIZE
+            local = torch.where(last < scope.dense_blocks, 0, last - scope.local_blocks + 1)
+            if not int(local.max()):
+                continue
+            counts = offset < tiles.length[part, None]
+            if self.rule == "newest":
+                counts &= offset == tiles.length[part, None] - 1
+            row = (tiles.row[part, None] + offset).clamp(max=query.shape[0] - 1).long()
+            q = query[row].unflatten(2, (heads, group))  # [tiles, length, heads, group, size]
+            q = q.permute(2, 0, 1, 3, 4).flatten(1, 3)
+            logits = (q @ keys).float().mul_(scale).unflatten(1, (len(last), -1))
+            can = torch.arange(blocks, device=query.device) < local[:, None]
+            mass = logits.unflatten(-1, (blocks, BLOCK_SIZE)).logsumexp(-1)
+            mass.masked_fill_(~can[None, :, None], float("-inf"))
+            total = mass.logsumexp(-1, keepdim=True)
+            share = (mass - total).exp().nan_to_num_()
+            share *= counts.repeat_interleave(group, 1)[None, :, :, None]
+            share = share.amax(2) if self.rule == "max" else share.sum(2)
+            can[:, : scope.global_blocks] = False
+            score[part] = torch.where(can[:, None], share.transpose(0, 1), -1.0)
+            totals[part] = total[..., 0].transpose(0, 1).clamp(min=-1e30)
+        return score, totals
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x [..., head_size] by table [..., 2, head_size / 2] of cosines and sines."""
+    cos, sin = table.unbind(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def needle_place(prompts: Prompts, prompt: Prompt) -> range:
+    """Where the sentence with the answer stands, by the answer's first telling."""
+    for lead in ("", " "):
+        answer = prompts.encode(lead + prompt.answer)
+        for place in range(len(prompt.tokens) - len(answer)):
+            if prompt.tokens[place : place + len(answer)] == answer:
+                return range(max(place - 14, 0), place + len(answer))
+    raise ValueError("the answer's tokens do not stand in the prompt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--lengths", type=int, nargs="+", required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["essay"])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=["refined"])
+    parser.add_argument("--settings", type=json.loads, nargs="+", default=[{}])
+    parser.add_argument("--depths", type=int, default=5)
+    parser.add_argument("--keys", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    study = Study(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    stamp = {key: value for key, value in harness.stamp().items() if key != "vllm"}
+    about = {"model": Path(options.model).name, "seed": options.seed} | stamp
+    for task in options.tasks:
+        once = argparse.Namespace(**vars(options) | {"keys": 1})
+        _, weight = ask(study, once, task, study.window // 4, "refined", {}, None)
+        for length in sorted(options.lengths):
+            for rule in options.rules:
+                for settings in options.settings:
+                    row, _ = ask(study, options, task, length, rule, settings, weight)
+                    provider = engines.Provider("reattention", options.model, 0, settings)
+                    harness.append(TABLE, COLUMNS, [about | row | provider.numbers()])
+
+
+def ask(study, options, task, length, rule, settings, weight) -> tuple[dict, Tensor]:
+    """A row of the table; and the needle's attention by layer and KV head, where all is seen."""
+    prompts, start = Prompts(options.model), time.perf_counter()
+    hits, covers, masses, by_depth, missed = 0, [], [], [], []
+    for step in range(options.depths):
+        depth, before = (step + 0.5) / options.depths, hits
+        for key in range(options.keys):
+            prompt = prompts.make(task, length, depth, f"{options.seed} {key}")
+            place = needle_place(prompts, prompt)
+            tokens, cover, mass = study.answer(prompt, place, rule, settings)
+            written = prompts.tokenizer.decode(tokens)
+            hits += is_hit(prompt, written)
+            covers.append(cover)
+            masses.append(mass)
+            if not is_hit(prompt, written):
+                missed.append(f"{prompt.answer}: {written!r}")
+        by_depth.append(hits - before)
+    mass = torch.stack(masses).mean(0)
+    weight = mass if weight is None else weight
+    cover = float((torch.stack(covers).mean(0) * weight).sum() / weight.sum())
+    row = {"rule": rule, "task": task, "context_len": length, "hits": hits}
+    row |= {"samples": len(covers), "coverage": round(cover, 4)}
+    print(
+        f"{task} {length} {rule} {settings or 'default'}: {hits}/{len(covers)} {by_depth}, "
+        f"coverage {cover:.3f}, {time.perf_counter() - start:.1f} s, missed {missed[:2]}",
+        flush=True,
+    )
+    return row, mass
+
+
+if __name__ == "__main__":
+    main()
