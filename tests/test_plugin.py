@@ -86,9 +86,11 @@ def test_changelog_opens_with_this_version_and_its_vllm():
     assert f"vllm{vllm_reattention.VLLM_RANGE}" in text
 
 
-def test_defaults_are_the_papers():
+def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32)
-    assert scope == Scope(1, 127, 128, 256, candidate_blocks=508)
+    assert scope == Scope(1, 191, 64, 256, candidate_blocks=764)
+    scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32)
+    assert scope == Scope(1, 95, 32, 256, candidate_blocks=380)
 
 
 @pytest.mark.parametrize("window", [64, 96, 500, 512, 4096, 8192, 10_000])
@@ -98,7 +100,8 @@ def test_defaults_fit_any_window(window, block_size):
         return
     scope = ReAttentionConfig().resolve(window, block_size)
     total = scope.global_blocks + scope.recall_blocks + scope.local_blocks
-    assert total == scope.dense_blocks and total * block_size <= window
+    assert total <= scope.dense_blocks and total * block_size <= window
+    assert scope.dense_blocks == min(window, 8192) // block_size
 
 
 def test_recalling_nothing():

@@ -7,7 +7,7 @@ from csrc_triton.layout import Scope
 
 KEY = "reattention"
 Scorer = Literal["refined", "summary"]
-DEFAULT_SCOPE = 8192
+MOST = 8192  # tokens of a default scope or dense limit
 CANDIDATES_PER_RECALLED = 4
 
 
@@ -16,9 +16,13 @@ class ReAttentionConfig:
     """Sizes in tokens; None is derived from the model's trained window.
 
     global_size   first tokens, always attended to; default 32, at least one block
-    local_size    last tokens, always attended to; default half the scope
+    local_size    last tokens, always attended to; default a quarter of the scope
     recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
-    dense_limit   up to here a query attends to everything; default the scope
+    dense_limit   up to here a query attends to everything; default the trained window, but no more
+                  than 8192, and never less than the scope
+
+    The default scope is half the trained window, but no more than 8192: a model is at its weakest
+    at the far end of what it was trained on (docs/fidelity.md).
     scorer        refined: the best candidates are scored again from their keys
                   summary: blocks are ranked by their summaries alone
     """
@@ -60,14 +64,16 @@ class ReAttentionConfig:
         def whole(size: int) -> int:
             return size // block_size * block_size
 
-        size = whole(min(DEFAULT_SCOPE, trained_window))
+        size = whole(min(MOST, trained_window // 2))
         first = max(32, block_size) if self.global_size is None else self.global_size
-        local = whole(size // 2) if self.local_size is None else self.local_size
+        local = max(whole(size // 4), block_size) if self.local_size is None else self.local_size
         recall = self.recall_size
         if recall is None:
             recall = max(size - first - local, 0)
         total = first + recall + local
-        dense = total if self.dense_limit is None else self.dense_limit
+        dense = self.dense_limit
+        if dense is None:
+            dense = max(total, whole(min(MOST, trained_window)))
 
         sizes = dict(global_size=first, local_size=local, recall_size=recall, dense_limit=dense)
         for name, tokens in sizes.items():
@@ -87,7 +93,7 @@ class ReAttentionConfig:
         if not total <= dense <= trained_window:
             raise ValueError(
                 f"dense_limit must lie between the scope of {total} tokens and the trained "
-                f"window of {trained_window}, got {dense}; leave it out to get {total}"
+                f"window of {trained_window}, got {dense}; leave it out for the default"
             )
         refined = self.scorer == "refined"
         return Scope(
