@@ -1,6 +1,6 @@
 """A server under requests that it should not get, and too many that it should.
 
-    python -m benchmarks.faults            about two minutes on a CPU
+    python -m benchmarks.faults            under a minute on a CPU
 
 Starts vLLM's server on our tiny model with a small KV cache, asks a few questions one by one, and
 asks them again while something goes wrong beside them. A fault is survived if every question got
