@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -36,6 +38,19 @@ def read(name: str) -> dict[tuple[str, ...], float]:
         for sample in family.samples
         if sample.name == f"vllm:reattention_{name}"
     }
+
+
+def test_requests_that_only_pad_a_batch_are_left_out():
+    from vllm_reattention.metadata import _host_lengths
+
+    padded = SimpleNamespace(
+        query_start_loc_cpu=torch.tensor([0, 1, 2, 10, 10], dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor([300, 1, 8, 0], dtype=torch.int32),
+        is_prefilling=torch.tensor([False, False, True]),  # of real requests alone
+    )
+    seq_lens, num_tokens = _host_lengths(padded)
+    assert seq_lens.tolist() == [300, 1, 8]
+    assert num_tokens.tolist() == [1, 0, 8]  # the second is a dummy
 
 
 @pytest.mark.parametrize("seed", range(20))

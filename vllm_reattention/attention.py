@@ -123,6 +123,6 @@ def warm_up(
         for num_tiles in counts:
             nothing = torch.zeros(num_tiles, dtype=torch.int32, device=device)
             tiles = Tiles(nothing, nothing, nothing, nothing, max_length)
-            reattention(
-                query, pages, block_table, tiles, scope, rotary, scale, out, soft_cap, sinks
-            )
+            for width in {max_blocks, min(max_blocks, scope.dense_blocks or max_blocks)}:
+                table = block_table[:, :width]  # a step of short requests selects nothing
+                reattention(query, pages, table, tiles, scope, rotary, scale, out, soft_cap, sinks)

@@ -141,16 +141,29 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
     def _count(self, step: CommonAttentionMetadata) -> None:
         if step.seq_lens_cpu_upper_bound is None:
             return
-        num_tokens = step.query_start_loc_cpu.diff().numpy().astype(np.int64)
-        seq_lens = step.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        if step.is_prefilling is not None:  # a dummy, whose context is empty, is no prompt
-            num_tokens[(seq_lens == num_tokens) & ~step.is_prefilling.numpy()] = 0
+        seq_lens, num_tokens = _host_lengths(step)
         num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
         block_size, scope = self.block_size, self.scope
         dense_limit = scope.dense_blocks * block_size
         self.counts.add(
             seq_lens, num_tokens, num_decodes, dense_limit, block_size, scope.recall_blocks
         )
+
+
+def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
+    """A step's requests as the host knows them: lengths with their new tokens, and those alone.
+
+    A batch that was padded to a captured graph's size ends in requests without tokens, which not
+    all of its columns have.
+    """
+    columns = [step.query_start_loc_cpu.diff(), step.seq_lens_cpu_upper_bound]
+    if step.is_prefilling is not None:
+        columns.append(step.is_prefilling)
+    count = min(len(column) for column in columns)
+    num_tokens, seq_lens = (column[:count].numpy().astype(np.int64) for column in columns[:2])
+    if step.is_prefilling is not None:  # a dummy, whose context is empty, is no prompt
+        num_tokens[(seq_lens == num_tokens) & ~step.is_prefilling[:count].numpy()] = 0
+    return seq_lens, num_tokens
 
 
 def _first_selecting(layers: dict[str, nn.Module]) -> str | None:
