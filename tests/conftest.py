@@ -1,6 +1,14 @@
 """One process with vLLM, and one folder of models, for all tests."""
 
+import os
+
 import pytest
+import torch
+
+# Without a GPU kernels run in Triton's interpreter, which asks when triton is first imported: by
+# vLLM, it may be, and so before any test module.
+if not torch.cuda.is_available() and "OFFLINE" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests import engines
 

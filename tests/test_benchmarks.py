@@ -317,7 +317,7 @@ def test_streaming_has_the_scope_of_reattention(model):
     )
     parts = ("global_size", "local_size", "recall_size")
     assert ours["recall_size"] > 0 == streaming["recall_size"]
-    assert sum(ours[part] for part in parts) == sum(streaming[part] for part in parts) == 512
+    assert sum(ours[part] for part in parts) == sum(streaming[part] for part in parts) == 256
     assert ours["dense_limit"] == streaming["dense_limit"]
 
 

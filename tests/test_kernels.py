@@ -1,13 +1,9 @@
 """Each kernel against its reference: on a GPU where there is one, else in Triton's interpreter."""
 
-import os
 import types
 
 import pytest
 import torch
-
-if not torch.cuda.is_available() and "OFFLINE" not in os.environ:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from csrc_triton import kernels, reference
 from csrc_triton.layout import Pages, Scope
