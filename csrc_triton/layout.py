@@ -50,6 +50,7 @@ class Scope(NamedTuple):
     local_blocks: int  # the tile's own block is one of them
     dense_blocks: int  # tiles that end within so many blocks attend to everything
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
+    per_layer: bool = False  # KV heads add their shares up and recall the same blocks
     window: int = 0  # sliding-window layers: every key of the window, exactly; no recall
     # With so many blocks before local, a prefill tile takes the softmax's denominator (which only
     # weighs its rows against each other) from the global blocks and every 8th other.

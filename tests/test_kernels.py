@@ -185,6 +185,34 @@ def test_recall_among_named_blocks(kind):
     assert torch.equal(actual, reference.recall_blocks(score, 8, blocks=names))
 
 
+@pytest.mark.parametrize("candidates", [8, 0])
+def test_heads_of_a_layer_recall_what_they_need_together(candidates, monkeypatch):
+    case = DECODE[0]
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    given = list(inputs.score_args())
+    recalled = {}
+    for per_layer in (False, True):
+        given[4] = case.scope._replace(candidate_blocks=candidates, per_layer=per_layer)
+        for stage in (reference, kernels):
+            monkeypatch.setattr(attention, "stages", lambda _, stage=stage: stage)
+            recalled[per_layer, stage] = attention.select(*given)
+    assert torch.equal(recalled[True, kernels], recalled[True, reference])
+    first, *others = recalled[True, kernels].unbind(1)
+    assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(recalled[False, kernels], recalled[True, kernels])
+
+    if candidates:
+        return
+    score, extent, _ = reference.score_blocks(*given)
+    assert extent.any()
+    for tile in extent.nonzero().flatten().tolist():
+        together = score[tile, :, : extent[tile]].sum(0)
+        is_recalled = torch.isin(torch.arange(len(together)), first[tile].cpu())
+        worst, best = together[is_recalled].min(), together[~is_recalled].max()
+        assert worst >= best - 1e-3
+
+
 @pytest.mark.parametrize("scope", [Scope(1, 4, 3, 8, 8), Scope(0, 0, 0, 0, window=50)], ids=str)
 def test_warm_up_runs_every_stage_and_writes_nothing(scope, monkeypatch):
     launched = []

@@ -45,13 +45,26 @@ def select(
     score, extent, log_mass = stage.score_blocks(
         query, pages, block_table, tiles, scope, rotary, scale
     )
+    recall = _recall_for_all if scope.per_layer else stage.recall_blocks
     if not scope.candidate_blocks:
-        return stage.recall_blocks(score, scope.recall_blocks, extent)
-    candidates = stage.recall_blocks(score, scope.candidate_blocks, extent)
+        return recall(score, scope.recall_blocks, extent)
+    candidates = recall(score, scope.candidate_blocks, extent)
     refined = stage.refine_scores(
         query, pages, block_table, tiles, candidates, log_mass, rotary, scale, soft_cap
     )
-    return stage.recall_blocks(refined, scope.recall_blocks, blocks=candidates)
+    return recall(refined, scope.recall_blocks, blocks=candidates)
+
+
+def _recall_for_all(
+    score: Tensor, num_recalled: int, extent: Tensor | None = None, blocks: Tensor | None = None
+) -> Tensor:
+    """stages.recall_blocks by the sum over KV heads, which all get the same blocks."""
+    num_kv_heads = score.shape[1]
+    if blocks is not None:
+        blocks = blocks[:, :1].contiguous()  # the same for all heads
+    recall_blocks = stages(score.device).recall_blocks
+    recalled = recall_blocks(score.sum(1, keepdim=True), num_recalled, extent, blocks)
+    return recalled.expand(-1, num_kv_heads, -1).contiguous()
 
 
 def reattention(

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from csrc_triton.layout import Scope
 
 KEY = "reattention"
-Scorer = Literal["refined", "summary"]
+Scorer = Literal["refined", "summary", "layer"]
 MOST = 8192  # tokens of a default scope or dense limit
 CANDIDATES_PER_RECALLED = 4
 
@@ -25,6 +25,7 @@ class ReAttentionConfig:
     at the far end of what it was trained on (docs/fidelity.md).
     scorer        refined: the best candidates are scored again from their keys
                   summary: blocks are ranked by their summaries alone
+                  layer: refined, by the sum over a layer's KV heads, which recall the same
     """
 
     global_size: int | None = None
@@ -95,11 +96,12 @@ class ReAttentionConfig:
                 f"dense_limit must lie between the scope of {total} tokens and the trained "
                 f"window of {trained_window}, got {dense}; leave it out for the default"
             )
-        refined = self.scorer == "refined"
+        refined = self.scorer != "summary"
         return Scope(
             global_blocks=first // block_size,
             recall_blocks=recall // block_size,
             local_blocks=local // block_size,
             dense_blocks=dense // block_size,
             candidate_blocks=CANDIDATES_PER_RECALLED * recall // block_size if refined else 0,
+            per_layer=self.scorer == "layer",
         )
