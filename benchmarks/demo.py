@@ -22,7 +22,7 @@ from benchmarks import needle_text
 from benchmarks.server import Server, serve
 
 MODEL = Path(__file__).parents[1] / "tests" / "tiny-needle"
-# the whole window; by "refined", the default, one of the five codes is given with two digits swapped
+# The whole window. The default scorer, "refined", gets two digits of one of the five codes wrong.
 SETTINGS = {"global_size": 32, "local_size": 128, "recall_size": 352, "scorer": "layer"}
 TIMES = 64  # the trained window
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
