@@ -31,7 +31,7 @@ TINY_OPTIONS = dict(
     skip_tokenizer_init=False,
     max_model_len=4096,
     max_num_batched_tokens=2048,
-    additional_config={"reattention": SETTINGS | {"scorer": "refined"}},  # on two GPUs the same
+    additional_config={"reattention": SETTINGS | {"scorer": "refined"}},  # however heads are split
 )
 
 
