@@ -161,6 +161,20 @@ def apart(function: Callable, *arguments) -> Any:
         return process.submit(function, *arguments).result()
 
 
+def each_provider(function: Callable, options: argparse.Namespace, room: int, *arguments) -> None:
+    """function(provider, lengths, *arguments) for every provider, in as few engines as can be.
+
+    room  tokens that max_model_len has beyond the longest of the lengths
+    """
+    calls = []
+    for name in options.provider:
+        for lengths in shared_lengths(name, options.lengths):
+            longest = max(lengths) + room
+            provider = Provider(name, options.model, longest, options.settings)
+            calls.append((provider, lengths, *arguments))
+    each_apart(function, calls)
+
+
 def each_apart(function: Callable, calls: list[tuple]) -> None:
     """Calls in a process each; one that fails does not keep the next from running."""
     failed = 0

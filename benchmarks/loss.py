@@ -177,13 +177,8 @@ def main() -> None:
         novel, _ = Prompts(options.model).haystack(novel_text())
         ends = text_ends(len(novel), max(options.lengths), options.texts)
         stamp, before = harness.stamp(), len(harness.read(TABLE)) if TABLE.exists() else 0
-        calls = []
-        for name in options.provider:
-            for lengths in engines.shared_lengths(name, options.lengths):
-                provider = engines.Provider(name, options.model, max(lengths), options.settings)
-                calls.append((provider, lengths, ends, options, stamp))
         try:
-            engines.each_apart(run_lengths, calls)
+            engines.each_provider(run_lengths, options, 0, ends, options, stamp)
         finally:
             print(summary(harness.read(TABLE)[before:]))
     if options.plot:

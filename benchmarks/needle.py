@@ -198,12 +198,7 @@ def main() -> None:
     elif options.agree:
         run_agreement(options, harness.stamp())
     elif options.lengths:
-        stamp = harness.stamp()
-        calls = []
-        for name in options.provider:
-            for lengths in engines.shared_lengths(name, options.lengths):
-                calls.append((make_provider(name, lengths, options), lengths, options, stamp))
-        engines.each_apart(run_grid, calls)
+        engines.each_provider(run_grid, options, ROOM, options, harness.stamp())
     if options.plot:
         draw(Path(options.model).name)
 

@@ -168,13 +168,8 @@ def main() -> None:
     if options.lengths:
         refuse_lengths(options)
         stamp, before = harness.stamp(), len(harness.read(TABLE)) if TABLE.exists() else 0
-        calls = []
-        for name in options.provider:
-            for lengths in engines.shared_lengths(name, options.lengths):
-                provider = engines.Provider(name, options.model, max(lengths), options.settings)
-                calls.append((provider, lengths, options, stamp))
         try:
-            engines.each_apart(run_grid, calls)
+            engines.each_provider(run_grid, options, 0, options, stamp)
         finally:
             print(summary(harness.read(TABLE)[before:]))
     if options.plot:

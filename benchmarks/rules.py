@@ -16,7 +16,7 @@ exact       shares from every key
 mean        refined, by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row of the tile instead of their sum
 newest      exact, by the tile's last query alone
-layer       refined, summed over KV heads: all heads recall the same
+layer       the scorer of that name: refined, summed over KV heads, which recall the same
 spread      refined, with half of a block's share given to each of its neighbours too
 oracle      refined, with the needle's blocks in the place of the last recalled
 """
@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from benchmarks import engines, harness
 from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, is_hit
 from csrc_triton.layout import Pages, Rotary, Tiles, rotation_table
+from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.tiles import prefill_tiles
 
 EXACT = ("exact", "max", "newest")
-SPREAD = ("spread", "layer-spread", "mean-spread")
-RULES = ("refined", "wide", "normalised", *EXACT, "mean", "layer", *SPREAD, "oracle")
+RULES = ("refined", "wide", "normalised", *EXACT, "mean", "layer", "spread", "oracle")
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
@@ -141,10 +141,11 @@ class Study:
         inside |= (self.blocks < num_global) | (self.blocks >= local)
         mass = query.new_zeros(self.kv_heads, dtype=torch.float32)
         if local == 0:
-            table = self.rotary.cos_sin[: self.length + 1, None]
-            key = rotate(layer.key[: self.length + 1].float(), table)
-            turned = rotate(query.float(), table[-1:]).unflatten(1, (self.kv_heads, -1))
-            logits = torch.einsum("hgd,khd->hgk", turned[0], key) * scale
+            at = torch.arange(self.length + 1, device=self.device)
+            key = rotate_rows(layer.key[: self.length + 1].float(), at, self.rotary)
+            turned = rotate_rows(query.float(), at[-1:], self.rotary)[0]
+            turned = turned.unflatten(0, (self.kv_heads, -1))
+            logits = torch.einsum("hgd,khd->hgk", turned, key) * scale
             on = logits.softmax(-1)[..., self.needle.start : self.needle.stop]
             mass = on.sum(-1).mean(1)
         return torch.stack((inside.float().mean(1), mass))
@@ -155,10 +156,12 @@ class Study:
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)[0]
             return stage.recall_blocks(score, scope.recall_blocks)
-        if self.rule.startswith("mean"):
+        if self.rule == "mean":
             size = (scope.global_blocks + scope.recall_blocks + scope.local_blocks) * BLOCK_SIZE
-            query = rotate(query.float(), rotary.cos_sin[:size].mean(0)).to(query.dtype)
-        if self.rule in ("refined", "oracle", "mean"):
+            mean = Rotary(rotary.cos_sin[:size].mean(0, keepdim=True))
+            query = rotate_rows(query, torch.zeros(len(query), device=self.device), mean)
+        if self.rule in ("refined", "mean", "layer", "oracle"):
+            scope = scope._replace(per_layer=self.rule == "layer")
             recalled = attention.select(query, *common, scope, rotary, scale)
             return self._with_needle(recalled, tiles) if self.rule == "oracle" else recalled
         score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
@@ -166,24 +169,22 @@ class Study:
             mass = self._exact(query, layer.key, tiles, scale)[1]
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
-        score = self._shared(torch.where(can, score, 0), can)
+        score = self._spread(torch.where(can, score, 0), can)
         count = (4 if self.rule == "wide" else 1) * scope.candidate_blocks
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent)
         refined = stage.refine_scores(query, *common, candidates, mass, rotary, scale)
         named = candidates.clamp(min=0).long()
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
-        score = self._shared(score, can).gather(-1, named)
+        score = self._spread(score, can).gather(-1, named)
         score = torch.where(candidates >= 0, score, -1.0)
         return stage.recall_blocks(score, scope.recall_blocks, blocks=candidates)
 
-    def _shared(self, score: Tensor, can: Tensor) -> Tensor:
-        """Scores of blocks, with those of other heads or of neighbours if the rule says so."""
-        if self.rule.startswith("layer"):
-            score = score.sum(1, keepdim=True).expand_as(score)
-        if self.rule in SPREAD:
+    def _spread(self, score: Tensor, can: Tensor) -> Tensor:
+        """Scores of the blocks that can be recalled, with their neighbours' if the rule says so."""
+        if self.rule == "spread":
             beside = nn.functional.pad(score, (1, 1))
             score = score + (beside[..., :-2] + beside[..., 2:]) / 2
-        return torch.where(can, score, -1.0).contiguous()
+        return torch.where(can, score, -1.0)
 
     def _with_needle(self, recalled: Tensor, tiles: Tiles) -> Tensor:
         """The needle's blocks instead of the last, where they lie between global and local."""
@@ -231,13 +232,6 @@ class Study:
         return score, totals
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x [..., head_size] by table [..., 2, head_size / 2] of cosines and sines."""
-    cos, sin = table.unbind(-2)
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
 def needle_place(prompts: Prompts, prompt: Prompt) -> range:
     """Where the sentence with the answer stands, by the answer's first telling."""
     for lead in ("", " "):
@@ -265,20 +259,21 @@ def main() -> None:
     study = Study(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     stamp = {key: value for key, value in harness.stamp().items() if key != "vllm"}
     about = {"model": Path(options.model).name, "seed": options.seed} | stamp
+    prompts = Prompts(options.model)
     for task in options.tasks:
         once = argparse.Namespace(**vars(options) | {"keys": 1})
-        _, weight = ask(study, once, task, study.window // 4, "refined", {}, None)
+        _, weight = ask(study, prompts, once, task, study.window // 4, "refined", {}, None)
         for length in sorted(options.lengths):
             for rule in options.rules:
                 for settings in options.settings:
-                    row, _ = ask(study, options, task, length, rule, settings, weight)
+                    row, _ = ask(study, prompts, options, task, length, rule, settings, weight)
                     provider = engines.Provider("reattention", options.model, 0, settings)
                     harness.append(TABLE, COLUMNS, [about | row | provider.numbers()])
 
 
-def ask(study, options, task, length, rule, settings, weight) -> tuple[dict, Tensor]:
+def ask(study, prompts, options, task, length, rule, settings, weight) -> tuple[dict, Tensor]:
     """A row of the table; and the needle's attention by layer and KV head, where all is seen."""
-    prompts, start = Prompts(options.model), time.perf_counter()
+    start = time.perf_counter()
     hits, covers, masses, by_depth, missed = 0, [], [], [], []
     for step in range(options.depths):
         depth, before = (step + 0.5) / options.depths, hits

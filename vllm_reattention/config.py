@@ -20,12 +20,12 @@ class ReAttentionConfig:
     recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
     dense_limit   up to here a query attends to everything; default the trained window, but no more
                   than 8192, and never less than the scope
-
-    The default scope is half the trained window, but no more than 8192: a model is at its weakest
-    at the far end of what it was trained on (docs/fidelity.md).
     scorer        refined: the best candidates are scored again from their keys
                   summary: blocks are ranked by their summaries alone
                   layer: refined, by the sum over a layer's KV heads, which recall the same
+
+    The default scope is half the trained window, but no more than 8192: a model is at its weakest
+    at the far end of what it was trained on (docs/fidelity.md).
     """
 
     global_size: int | None = None

@@ -140,6 +140,10 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
 
     def _count(self, step: CommonAttentionMetadata) -> None:
         if step.seq_lens_cpu_upper_bound is None:
+            logger.warning_once(
+                "ReAttention: the host does not know how long some requests are; steps with such "
+                "are missing from vllm:reattention_* on /metrics, not from what is served"
+            )
             return
         seq_lens, num_tokens = _host_lengths(step)
         num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
