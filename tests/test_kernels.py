@@ -24,6 +24,8 @@ DECODE = [
     Case(contexts=(300,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(700,), scope=Scope(2, 3, 2, 20, 9), block_size=16),
     Case(contexts=(260,), rotary_dim=0, head_size=40),
+    # so many that each is split into fewer parts than the merge has lanes for
+    Case(contexts=(40, 70, 300, 20, 90, 33, 150, 64, 10), heads=(2, 2), head_size=32),
 ]
 PREFILL = [
     Case(contexts=(300, 17, 160), queries=(37, 17, 1)),
