@@ -22,8 +22,6 @@ from benchmarks import needle_text
 from benchmarks.server import Server, serve
 
 MODEL = Path(__file__).parents[1] / "tests" / "tiny-needle"
-# The whole window. The default scorer, "refined", gets two digits of one of the five codes wrong.
-SETTINGS = {"global_size": 32, "local_size": 128, "recall_size": 352, "scorer": "layer"}
 TIMES = 64  # the trained window
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ANSWER_LEN = 8  # tokens: a space, five digits, the end
@@ -72,9 +70,7 @@ def flags(model: Path, backend: str, on_gpu: bool) -> list[str]:
     }
     if on_gpu:
         chosen["gpu-memory-utilization"] = 0.3
-    if backend == "reattention":
-        chosen["additional-config"] = json.dumps({"reattention": SETTINGS})
-    else:
+    if backend != "reattention":
         chosen["hf-overrides"] = json.dumps({"max_position_embeddings": max_len})
     return [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
 

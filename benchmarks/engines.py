@@ -18,7 +18,7 @@ from vllm_reattention.config import ReAttentionConfig
 # the more local tokens.
 PROVIDERS = ("reattention", "FLASH_ATTN", "streaming", "yarn")
 BLOCK_SIZE = 32
-SETTINGS = ("global_size", "local_size", "recall_size", "dense_limit", "scorer")
+SETTINGS = ("global_size", "local_size", "recall_size", "dense_limit", "scorer", "select_every")
 
 
 class Provider(NamedTuple):
@@ -40,7 +40,8 @@ class Provider(NamedTuple):
             recall, local = 0, recall + local
         blocks = scope.global_blocks, local, recall, scope.dense_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
-        return dict(zip(SETTINGS, (*sizes, config.scorer), strict=True))
+        scored = config.scorer, config.layers_per_selection
+        return dict(zip(SETTINGS, (*sizes, *scored), strict=True))
 
     def arguments(self) -> dict[str, Any]:
         """What it asks of vLLM."""

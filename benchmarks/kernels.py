@@ -2,16 +2,18 @@
 
     python -m benchmarks.kernels --run --plot
 
-Decode is timed in a CUDA graph over several layers' caches, so that what one call leaves in the L2
-cache does not serve the next. Prefill is 8192 new tokens at the end of the context. Every case
-first passes a check against the reference; one that fails writes no row.
+Layers have a cache each, so that what one call leaves in the L2 cache does not serve the next; of
+four layers one selects, as by default, and `attention` is the mean. Stages are those of a layer
+that selects. Decode is timed in a CUDA graph; prefill is 8192 new tokens at the end of the context.
+Every case first passes a check against the reference; one that fails writes no row.
 
-Floors, per layer (S blocks of summaries, scope of 8192 tokens):
-  decode bytes    context/32 * kv_heads * 2d * 2 (summaries) + scope * kv_heads * 2d * itemsize
-  prefill FLOPs   4 * new * scope * heads * d (attend) + 2 * new * context/32 * heads * 2d (score)
+Floors, per layer (scope of 8192 tokens; summaries are read in one layer of four):
+  decode bytes    context/32/4 * kv_heads * 2d * 2 (summaries) + scope * kv_heads * 2d * itemsize
+  prefill FLOPs   4 * new * scope * heads * d (attend) + 2 * new * context/32/4 * heads * 2d (score)
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from benchmarks import harness
 from csrc_triton import kernels, reference
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
 from vllm_reattention.attention import reattention
+from vllm_reattention.config import CANDIDATES_PER_RECALLED, SELECT_EVERY
 
 COLUMNS = [
     "figure",
@@ -43,9 +46,12 @@ COLUMNS = [
     "commit",
 ]
 BLOCK_SIZE = 32
-SCOPE = Scope(1, 127, 128, 256, 508)
+SCOPE = Scope(1, 191, 64, 256, CANDIDATES_PER_RECALLED * 191, per_layer=True)
 HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128), "smollm2-135m": (9, 3, 64)}
 NEW_TOKENS = 8192
+
+
+recall = functools.partial(kernels.recall_blocks, per_layer=SCOPE.per_layer)
 
 
 @dataclass
@@ -64,9 +70,9 @@ class Problem:
         per_request = -(-context // BLOCK_SIZE)
         num_blocks = per_request * batch
         touched = batch * num_kv_heads * size * 4 * min(context, 8192)
-        self.num_layers = 1 if new_tokens > 1 else max(2, min(16, -(-(256 << 20) // touched)))
-        while self.num_layers > 1 and self.num_layers * num_blocks * 32 * num_kv_heads * size > 8e9:
-            self.num_layers -= 1
+        self.num_layers = SELECT_EVERY
+        if new_tokens == 1 and context * batch * num_kv_heads * size < 2e9:
+            self.num_layers *= max(1, min(4, -(-(64 << 20) // touched)))
         frequencies = 500000.0 ** -(torch.arange(size // 2, device="cuda") / (size // 2))
         table = rotation_table(frequencies, SCOPE.dense_blocks * BLOCK_SIZE + BLOCK_SIZE)
         self.rotary = Rotary(table)
@@ -107,31 +113,32 @@ class Problem:
         return Tiles(torch.zeros_like(rows), rows, full, rows + context - new, BLOCK_SIZE)
 
     def ours(self) -> None:
-        for layer in self.layers:
-            reattention(
+        recalled = None
+        for index, layer in enumerate(self.layers):
+            recalled = reattention(
                 self.query, layer.pages, self.block_table, self.tiles, SCOPE, self.rotary,
-                self.scale, self.out,
+                self.scale, self.out, recalled=recalled if index % SELECT_EVERY else None,
             )  # fmt: skip
 
     def check(self) -> None:
         """A few tiles of the last layer against the reference on what the kernels recalled."""
         self.out.fill_(float("nan"))
         self.ours()
-        pages = self.layers[-1].pages
+        selecting, pages = self.layers[-SELECT_EVERY].pages, self.layers[-1].pages
         for tile in {0, self.tiles.row.shape[0] - 1}:
             part = Tiles(*(c[tile : tile + 1] for c in self.tiles[:4]), self.tiles.max_length)
-            given = (self.query, pages, self.block_table, part, SCOPE, self.rotary, self.scale)
-            recalled = self.out.new_zeros((1, self.heads[1], SCOPE.recall_blocks)).int()
+            given = (self.query, selecting, self.block_table, part, SCOPE, self.rotary, self.scale)
+            recalled = self.out.new_zeros((1, 1, SCOPE.recall_blocks)).int()
             if self.context > SCOPE.dense_blocks * BLOCK_SIZE:
                 score, extent, mass = kernels.score_blocks(*given)
                 theirs, _, _ = reference.score_blocks(*given)
                 n = int(extent[0])
                 torch.testing.assert_close(score[..., :n], theirs[..., :n], rtol=0.1, atol=0.02)
-                found = kernels.recall_blocks(score, SCOPE.candidate_blocks, extent)
+                found = recall(score, SCOPE.candidate_blocks, extent)
                 refined = kernels.refine_scores(*given[:4], found, mass, self.rotary, self.scale)
-                recalled = kernels.recall_blocks(refined, SCOPE.recall_blocks, blocks=found)
+                recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             exact = torch.empty_like(self.out)
-            reference.attend(*given[:4], recalled, *given[4:], exact)
+            reference.attend(self.query, pages, *given[2:4], recalled, *given[4:], exact)
             rows = slice(int(part.row[0]), int(part.row[0] + part.length[0]))
             error = (self.out[rows].float() - exact[rows].float()).norm() / exact[
                 rows
@@ -146,9 +153,9 @@ class Problem:
             given = (self.query, layer.pages, self.block_table, self.tiles)
             rest = (self.rotary, self.scale)
             score, extent, mass = kernels.score_blocks(*given, SCOPE, *rest)
-            found = kernels.recall_blocks(score, SCOPE.candidate_blocks, extent)
+            found = recall(score, SCOPE.candidate_blocks, extent)
             refined = kernels.refine_scores(*given, found, mass, *rest)
-            recalled = kernels.recall_blocks(refined, SCOPE.recall_blocks, blocks=found)
+            recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             kept.append((given, rest, score, extent, mass, found, refined, recalled))
 
         def over_layers(call):
@@ -157,15 +164,13 @@ class Problem:
         return {
             "score": over_layers(lambda g, r, *_: kernels.score_blocks(*g, SCOPE, *r)),
             "recall candidates": over_layers(
-                lambda g, r, score, extent, *_: kernels.recall_blocks(
-                    score, SCOPE.candidate_blocks, extent
-                )
+                lambda g, r, score, extent, *_: recall(score, SCOPE.candidate_blocks, extent)
             ),
             "refine": over_layers(
                 lambda g, r, s, e, mass, found, *_: kernels.refine_scores(*g, found, mass, *r)
             ),
             "recall": over_layers(
-                lambda g, r, s, e, m, found, refined, _: kernels.recall_blocks(
+                lambda g, r, s, e, m, found, refined, _: recall(
                     refined, SCOPE.recall_blocks, blocks=found
                 )
             ),
@@ -232,7 +237,7 @@ def floor(problem: Problem) -> tuple[float, float]:
     num_heads, num_kv_heads, size = problem.heads
     context = problem.context
     scope = min(context, SCOPE.dense_blocks * BLOCK_SIZE)
-    scored = context // BLOCK_SIZE if context > scope else 0
+    scored = context / BLOCK_SIZE / SELECT_EVERY if context > scope else 0
     new = problem.new_tokens
     seen = scope if context > scope else context - new / 2
     bytes_moved = (

@@ -22,6 +22,7 @@ COLUMNS = ["model", "provider", "task", "context_len", "depth", "samples", "hits
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "vllm", "commit"]
 TABLE = harness.RESULTS / "needle.csv"
 MAX_NUM_SEQS = 8
+TOLD = 5  # answers that are wrong, of each length
 ROOM = 64  # tokens that max_model_len has for a prompt's answer
 
 
@@ -47,8 +48,8 @@ def rows(prompts: list[Prompt], written: list[str], shared: dict) -> list[dict]:
     ]
 
 
-def tell(shared: dict, found: list[dict], seconds: float) -> None:
-    """Hits by depth, a line for each task."""
+def tell(shared: dict, found: list[dict], seconds: float, missed: list[str]) -> None:
+    """Hits by depth, a line for each task; and some of what was said instead."""
     for task in dict.fromkeys(row["task"] for row in found):
         cells = [row for row in found if row["task"] == task]
         hits, samples = (sum(row[name] for row in cells) for name in ("hits", "samples"))
@@ -58,6 +59,8 @@ def tell(shared: dict, found: list[dict], seconds: float) -> None:
             f"{hits}/{samples} ({depths}), {seconds:.1f} s",
             flush=True,
         )
+    for line in missed[:TOLD]:
+        print(f"  missed {line}", flush=True)
 
 
 def run_grid(
@@ -77,7 +80,9 @@ def run_grid(
             written = [answer.outputs[0].text for answer in answers]
             found = rows(prompts, written, shared)
             harness.append(TABLE, COLUMNS, found)
-            tell(shared, found, seconds)
+            pairs = [pair for pair in zip(prompts, written, strict=True) if not is_hit(*pair)]
+            missed = [f"{prompt.task} {prompt.answer}: {text!r}" for prompt, text in pairs]
+            tell(shared, found, seconds, missed)
 
 
 def engine_arguments(options: argparse.Namespace) -> dict:

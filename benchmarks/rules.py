@@ -1,6 +1,6 @@
 """Figure 4: which rule recalls the needle, and whether its recall is what an answer hangs on.
 
-    python -m benchmarks.rules MODEL --lengths 16384 65536 --tasks essay --rules refined exact
+    python -m benchmarks.rules MODEL --lengths 16384 65536 --tasks essay --rules served refined
 
 The model runs in Transformers with our stages as its attention and one prompt at a time, so that a
 rule that is not served can be put in the place of `select`. Every rule sees the same prompts.
@@ -9,14 +9,14 @@ coverage is the share of the needle's blocks in the scope while the answer is wr
 and KV head counts by the attention that it pays the needle when the same task stands in a quarter
 of the trained window and nothing is left out. So the heads that do the finding count.
 
-refined     what is served: summaries, then the keys of the best candidates
+served      what the settings say
+refined     summaries, then the keys of the best candidates, by each KV head and layer for itself
 wide        the same with 16 candidates a recalled block
 normalised  the same with the softmax's denominators from every key
 exact       shares from every key
 mean        refined, by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row of the tile instead of their sum
 newest      exact, by the tile's last query alone
-layer       the scorer of that name: refined, summed over KV heads, which recall the same
 spread      refined, with half of a block's share given to each of its neighbours too
 oracle      refined, with the needle's blocks in the place of the last recalled
 """
@@ -39,7 +39,7 @@ from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.tiles import prefill_tiles
 
 EXACT = ("exact", "max", "newest")
-RULES = ("refined", "wide", "normalised", *EXACT, "mean", "layer", "spread", "oracle")
+RULES = ("served", "refined", "wide", "normalised", *EXACT, "mean", "spread", "oracle")
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
@@ -81,10 +81,12 @@ class Study:
         """Greedy tokens, and for each [layer, KV head] what was in scope of the needle's blocks
         while they were written, and what attention its tokens had (0 past the dense limit)."""
         self.rule, self.needle = rule, needle
-        self.scope = ReAttentionConfig(**settings).resolve(self.window, BLOCK_SIZE)
+        config = ReAttentionConfig(**settings)
+        self.scope = config.resolve(self.window, BLOCK_SIZE)
+        self.select_every = config.layers_per_selection if rule == "served" else 1
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
-        self.layers, self.seen, self.length = {}, {}, 0
+        self.layers, self.seen, self.recalled, self.length = {}, {}, {}, 0
         blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
         tokens, written = prompt.tokens, []
@@ -121,7 +123,9 @@ class Study:
         run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width)
         for start in range(0, tiles.row.shape[0], run):
             part = Tiles(*(column[start : start + run] for column in tiles[:4]), tiles.max_length)
-            recalled = self._select(query, layer, part, scaling)
+            if index % self.select_every == 0:
+                self.recalled[start] = self._select(query, layer, part, scaling)
+            recalled = self.recalled[start]
             common = (query, layer.pages, self.table, part, recalled)
             stage.attend(*common, self.scope, self.rotary, scaling, out)
         if new == 1:
@@ -136,6 +140,7 @@ class Study:
 
     def _look(self, query: Tensor, layer: Layer, recalled: Tensor, scale: float) -> Tensor:
         """[2, num_kv_heads]: the needle's blocks in scope, and the attention on its tokens."""
+        recalled = recalled.expand(-1, self.kv_heads, -1)
         num_global, _, local = self.scope.slots(self.length // BLOCK_SIZE, BLOCK_SIZE)
         inside = (recalled[0][:, :, None] == self.blocks).any(1)
         inside |= (self.blocks < num_global) | (self.blocks >= local)
@@ -160,8 +165,9 @@ class Study:
             size = (scope.global_blocks + scope.recall_blocks + scope.local_blocks) * BLOCK_SIZE
             mean = Rotary(rotary.cos_sin[:size].mean(0, keepdim=True))
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), mean)
-        if self.rule in ("refined", "mean", "layer", "oracle"):
-            scope = scope._replace(per_layer=self.rule == "layer")
+        if self.rule != "served":
+            scope = scope._replace(per_layer=False)
+        if self.rule in ("served", "refined", "mean", "oracle"):
             recalled = attention.select(query, *common, scope, rotary, scale)
             return self._with_needle(recalled, tiles) if self.rule == "oracle" else recalled
         score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
@@ -170,7 +176,7 @@ class Study:
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
         score = self._spread(torch.where(can, score, 0), can)
-        count = (4 if self.rule == "wide" else 1) * scope.candidate_blocks
+        count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent)
         refined = stage.refine_scores(query, *common, candidates, mass, rotary, scale)
         named = candidates.clamp(min=0).long()
@@ -249,7 +255,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--lengths", type=int, nargs="+", required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["essay"])
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=["refined"])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=["served"])
     parser.add_argument("--settings", type=json.loads, nargs="+", default=[{}])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--keys", type=int, default=4)
@@ -262,7 +268,7 @@ def main() -> None:
     prompts = Prompts(options.model)
     for task in options.tasks:
         once = argparse.Namespace(**vars(options) | {"keys": 1})
-        _, weight = ask(study, prompts, once, task, study.window // 4, "refined", {}, None)
+        _, weight = ask(study, prompts, once, task, study.window // 4, "served", {}, None)
         for length in sorted(options.lengths):
             for rule in options.rules:
                 for settings in options.settings:

@@ -9,7 +9,7 @@ from torch import Tensor
 from csrc_triton.attend_decode import attend_single_kernel, merge_splits_kernel
 from csrc_triton.attend_prefill import attend_tile_kernel
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
-from csrc_triton.primitives import early_launch
+from csrc_triton.primitives import early_launch, row_strides
 
 MAX_SPLITS = 64  # of a scope
 
@@ -30,7 +30,7 @@ def attend(
     """Causal attention of each tile over [global | recalled | local].
 
     query     [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
-    recalled  [num_tiles, num_kv_heads, recall_blocks] int32, ascending
+    recalled  [num_tiles, num_kv_heads or 1, recall_blocks] int32, ascending
     sinks     [num_heads] or None
     out       [num_tokens, num_heads, head_size]: only the tiles' rows are written
     """
@@ -58,6 +58,7 @@ def attend(
         block_table.stride(0),
         pages.key.stride(0),
         pages.key.stride(1),
+        *row_strides(recalled),
     )
     fixed = {
         "HEAD_SIZE": head_size,
@@ -75,8 +76,6 @@ def attend(
         "PAD_HEAD": max(triton.next_power_of_2(head_size), 16),
     }
     early = early_launch(query.device)
-    # Queries are read before the wait: without a selection, what made them may be just before.
-    follows_ours = early if recalled.shape[2] else {"EARLY": False}
     if tiles.max_length > 1:
         max_rows = tiles.max_length * group
         rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
@@ -85,7 +84,7 @@ def attend(
             *arguments, **fixed, MAX_ROWS=max_rows, ROWS=rows, SLOTS=max(keys // block_size, 1),
             PAD_HALF=max(triton.next_power_of_2(rotary.half), 16),
             PAD_REST=max(triton.next_power_of_2(head_size - 2 * rotary.half), 16),
-            STAGES=stages, num_warps=warps, **follows_ours,
+            STAGES=stages, num_warps=warps, **early,
         )  # fmt: skip
         return
     keys, warps, stages, wanted = _single_sizes(head_size)
@@ -100,7 +99,7 @@ def attend(
     attend_single_kernel[(num_tiles, num_kv_heads, splits)](
         *arguments, partial, log_mass, splits, **fixed, SLOTS=slots, MERGES=splits > 1,
         ROWS=max(triton.next_power_of_2(group), 16 // slots), STAGES=stages, num_warps=warps,
-        **follows_ours,
+        **early,
     )  # fmt: skip
     if splits > 1:
         merge_splits_kernel[(num_tiles, num_kv_heads * group)](

@@ -30,7 +30,7 @@ def attend_single_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
-    recalled_ptr,  # [num_tiles, num_kv_heads, recall_blocks]
+    recalled_ptr,  # [num_tiles, num_kv_heads or 1, recall_blocks]
     cos_sin_ptr,  # [num_positions, 2, half]
     sink_ptr,  # [num_heads], or null
     out_ptr,  # [num_tokens, num_heads, head_size]
@@ -45,6 +45,8 @@ def attend_single_kernel(
     table_stride,
     cache_stride_block,
     cache_stride_head,
+    recalled_stride_tile,
+    recalled_stride_head,
     partial_ptr,  # [num_tiles, num_kv_heads, splits, group, head_size], or null
     log_mass_ptr,  # [num_tiles, num_kv_heads, splits, group] log2, or null
     splits,
@@ -75,11 +77,6 @@ def attend_single_kernel(
     position = tl.load(position_ptr + tile_idx)
     row = tl.load(row_ptr + tile_idx)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
-    group_offs = tl.arange(0, ROWS)
-    query, partner = load_rows(
-        query_ptr, row, head_idx, group_offs, length * GROUP, query_stride_token,
-        query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
-    )  # fmt: skip
     block_idx = position // BLOCK_SIZE
     num_global, num_recalled, local = tile_slots(
         block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, WINDOW
@@ -89,10 +86,15 @@ def attend_single_kernel(
     per_split = tl.cdiv(tl.cdiv(num_slots, SLOTS), splits) * SLOTS
     start = split_idx * per_split
     end = tl.minimum(start + per_split, num_slots)
-    recalled_ptr += out_row * RECALL
+    recalled_ptr += tile_idx * recalled_stride_tile + head_idx * recalled_stride_head
     wait_for_previous(EARLY)
     if length == 0:
         return
+    group_offs = tl.arange(0, ROWS)
+    query, partner = load_rows(
+        query_ptr, row, head_idx, group_offs, length * GROUP, query_stride_token,
+        query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+    )  # fmt: skip
 
     # lanes are (slot, row), keys (slot, offset); only what has one slot belongs together
     lane_slot = tl.arange(0, SLOTS * ROWS) // ROWS
@@ -158,7 +160,7 @@ def attend_single_kernel(
     out_mask = group_mask[:, None] & head_mask
     if MERGES:
         at = (out_row * splits + split_idx) * GROUP + group_offs
-        log_mass = tl.where(total > 0, best + tl.log2(total), -1e30)
+        log_mass = tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-37)), -1e30)
         tl.store(log_mass_ptr + at, log_mass, mask=group_mask)
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(partial_ptr + at[:, None] * HEAD_SIZE + head_offs[None, :], acc, mask=out_mask)

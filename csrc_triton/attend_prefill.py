@@ -104,7 +104,7 @@ def attend_tile_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
-    recalled_ptr,  # [num_tiles, num_kv_heads, recall_blocks]
+    recalled_ptr,  # [num_tiles, num_kv_heads or 1, recall_blocks]
     cos_sin_ptr,  # [num_positions, 2, half]
     sink_ptr,  # [num_heads], or null
     out_ptr,  # [num_tokens, num_heads, head_size]
@@ -119,6 +119,8 @@ def attend_tile_kernel(
     table_stride,
     cache_stride_block,
     cache_stride_head,
+    recalled_stride_tile,
+    recalled_stride_head,
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -151,7 +153,6 @@ def attend_tile_kernel(
     if (program % ROW_PARTS) * ROWS >= length * GROUP:
         return
     row_mask = row_offs < length * GROUP
-    out_row = tile_idx * tl.num_programs(1) + head_idx
     first_position = tl.load(position_ptr + tile_idx)
     block_idx = first_position // BLOCK_SIZE
     num_global, num_recalled, local = tile_slots(
@@ -190,7 +191,7 @@ def attend_tile_kernel(
     if WINDOW > 0:
         plain_end = 0
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
-    recalled_ptr += out_row * RECALL
+    recalled_ptr += tile_idx * recalled_stride_tile + head_idx * recalled_stride_head
     key_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
     value_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
     best = tl.full([ROWS], -1e30, tl.float32)

@@ -68,6 +68,11 @@ def early_launch(device: torch.device) -> dict[str, bool]:
     return {"EARLY": False}
 
 
+def row_strides(blocks: torch.Tensor) -> tuple[int, int]:
+    """Strides of tile and KV head, of blocks that are each head's own or one row for all."""
+    return blocks.stride(0), blocks.stride(1) if blocks.shape[1] > 1 else 0
+
+
 @triton.jit
 def load_rows(
     query_ptr, first_row, head_idx, row_offs, num_rows, query_stride_token, query_stride_head,

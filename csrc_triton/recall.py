@@ -50,15 +50,27 @@ def _take_largest(key, k):
     return takes, (before & 0xFFFF) + equals - 1
 
 
+@triton.jit
+def _load_scores(score_ptr, row_idx, n, column, extent, SUMMED: tl.constexpr):
+    """Scores of SUMMED heads' rows together; -1 from extent on."""
+    score_ptr += row_idx * SUMMED * n + column
+    mask = column < extent
+    score = tl.load(score_ptr, mask=mask, other=-1.0)
+    for head in tl.static_range(1, SUMMED):
+        score += tl.load(score_ptr + head * n, mask=mask, other=-1.0)
+    return score
+
+
 @triton.jit(do_not_specialize=["n", "num_runs"])
 def _best_of_runs_kernel(
-    score_ptr,  # [num_tiles, num_kv_heads, n]
+    score_ptr,  # [num_tiles, num_rows * SUMMED, n]
     extent_ptr,  # [num_tiles], or null
-    run_key_ptr,  # [num_tiles, num_kv_heads, num_runs]
+    run_key_ptr,  # [num_tiles, num_rows, num_runs]
     n,
     num_runs,
     two_rounds_from,
     HAS_EXTENT: tl.constexpr,
+    SUMMED: tl.constexpr,
     RUN: tl.constexpr,
     RUNS: tl.constexpr,
     EARLY: tl.constexpr,
@@ -73,7 +85,7 @@ def _best_of_runs_kernel(
     if (extent <= two_rounds_from) | (first_run * RUN >= extent):
         return
     offs = first_run * RUN + tl.arange(0, RUNS * RUN)
-    score = tl.load(score_ptr + row_idx * n + offs, mask=offs < extent, other=-1.0)
+    score = _load_scores(score_ptr, row_idx, n, offs, extent, SUMMED)
     best = tl.max(tl.reshape(score, [RUNS, RUN]), axis=1)
     run_offs = first_run + tl.arange(0, RUNS)
     tl.store(
@@ -83,18 +95,19 @@ def _best_of_runs_kernel(
 
 @triton.jit(do_not_specialize=["n", "num_runs"])
 def _recall_blocks_kernel(
-    score_ptr,  # [num_tiles, num_kv_heads, n]
+    score_ptr,  # [num_tiles, num_rows * SUMMED, n]
     extent_ptr,  # [num_tiles]: columns of score that count; or null
-    name_ptr,  # [num_tiles, num_kv_heads, n]: block ids, or null
-    run_key_ptr,  # [num_tiles, num_kv_heads, num_runs]
-    run_ptr,  # [num_tiles, num_kv_heads, PAD_RECALLED] scratch
-    out_ptr,  # [num_tiles, num_kv_heads, num_recalled]
+    name_ptr,  # [num_tiles, num_rows, n]: block ids, or null
+    run_key_ptr,  # [num_tiles, num_rows, num_runs]
+    run_ptr,  # [num_tiles, num_rows, PAD_RECALLED] scratch
+    out_ptr,  # [num_tiles, num_rows, num_recalled]
     n,
     num_runs,
     num_recalled,
     PAD_RECALLED: tl.constexpr,
     HAS_EXTENT: tl.constexpr,
     HAS_NAMES: tl.constexpr,
+    SUMMED: tl.constexpr,
     TWO_ROUNDS: tl.constexpr,
     RUN: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -112,7 +125,6 @@ def _recall_blocks_kernel(
     if extent == 0:
         tl.store(out_ptr + recalled_offs, -1, mask=recalled_offs < num_recalled)
         return
-    score_ptr += row_idx * n
 
     column = tl.arange(0, COLUMNS)
     if TWO_ROUNDS:
@@ -131,7 +143,7 @@ def _recall_blocks_kernel(
             run = tl.load(run_ptr + column // RUN, mask=column // RUN < taken, other=-1)
             column = tl.where(run >= 0, run * RUN + column % RUN, extent)
 
-    score = tl.load(score_ptr + column, mask=column < extent, other=-1.0)
+    score = _load_scores(score_ptr, row_idx, n, column, extent, SUMMED)
     takes, place = _take_largest(_order_key(score), num_recalled)
     name = column
     if HAS_NAMES:
@@ -142,7 +154,11 @@ def _recall_blocks_kernel(
 
 
 def recall_blocks(
-    score: Tensor, num_recalled: int, extent: Tensor | None = None, blocks: Tensor | None = None
+    score: Tensor,
+    num_recalled: int,
+    extent: Tensor | None = None,
+    blocks: Tensor | None = None,
+    per_layer: bool = False,
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
 
@@ -150,16 +166,18 @@ def recall_blocks(
 
     score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
-    blocks   [num_tiles, num_kv_heads, n] int32, the block each column stands for, ascending
-    returns  [num_tiles, num_kv_heads, num_recalled] int32, ascending; -1 behind the last
+    blocks   [num_tiles, num_rows, n] int32, the block each column stands for, ascending
+    returns  [num_tiles, num_rows, num_recalled] int32, ascending; -1 behind the last. A row for
+             each KV head, or, per_layer, one for all by the sum of their scores
     """
     num_tiles, num_kv_heads, n = score.shape
+    summed = num_kv_heads if per_layer else 1
     padded = triton.next_power_of_2(max(num_recalled, 4))
     run = max(MIN_RUN, triton.next_power_of_2(triton.cdiv(n, MAX_RUNS)))
     two_rounds = n > max(padded * run, MAX_RUNS)
     columns = padded * run if two_rounds else triton.next_power_of_2(max(n, 4))
     num_runs = triton.cdiv(n, run) if two_rounds else 0
-    grid = (num_tiles, num_kv_heads)
+    grid = (num_tiles, num_kv_heads // summed)
     device = score.device
     early = early_launch(device)
     out = torch.empty((*grid, num_recalled), dtype=torch.int32, device=device)
@@ -175,6 +193,7 @@ def recall_blocks(
             num_runs,
             columns,
             HAS_EXTENT=extent is not None,
+            SUMMED=summed,
             RUN=run,
             RUNS=runs,
             num_warps=4,
@@ -193,6 +212,7 @@ def recall_blocks(
         PAD_RECALLED=padded,
         HAS_EXTENT=extent is not None,
         HAS_NAMES=blocks is not None,
+        SUMMED=summed,
         TWO_ROUNDS=two_rounds,
         RUN=run,
         COLUMNS=columns,

@@ -156,7 +156,11 @@ def _log_mass(mass: Tensor, tiles: Tiles, scope: Scope) -> Tensor:
 
 
 def recall_blocks(
-    score: Tensor, num_recalled: int, extent: Tensor | None = None, blocks: Tensor | None = None
+    score: Tensor,
+    num_recalled: int,
+    extent: Tensor | None = None,
+    blocks: Tensor | None = None,
+    per_layer: bool = False,
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
 
@@ -164,11 +168,14 @@ def recall_blocks(
 
     score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
-    blocks   [num_tiles, num_kv_heads, n] int32, the block each column stands for, ascending,
+    blocks   [num_tiles, num_rows, n] int32, the block each column stands for, ascending,
              -1 at the end; default: the column itself
-    returns  [num_tiles, num_kv_heads, num_recalled] int32, ascending; -1 behind the last
+    returns  [num_tiles, num_rows, num_recalled] int32, ascending; -1 behind the last. A row for
+             each KV head, or, per_layer, one for all by the sum of their scores
     """
     n = score.shape[-1]
+    if per_layer:
+        score = score.sum(1, keepdim=True)
     if extent is not None:
         columns = torch.arange(n, device=score.device)
         score = score.masked_fill(columns >= extent[:, None, None], -1.0)
@@ -199,7 +206,7 @@ def refine_scores(
     The denominator stays the estimate, so a share is cut at 1: a row that finds what no summary
     showed gives it that much, never more.
 
-    candidates  [num_tiles, num_kv_heads, n] int32 block ids; negative: none
+    candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
     log_mass    as score_blocks returns it
     returns     [num_tiles, num_kv_heads, n] fp32; -1 where there is no candidate
     """
@@ -207,6 +214,7 @@ def refine_scores(
     group = query.shape[1] // num_kv_heads
     heads = torch.arange(num_kv_heads, device=query.device)[:, None]
     wide = torch.promote_types(query.dtype, torch.float32)
+    candidates = candidates.expand(-1, num_kv_heads, -1)
     score = torch.full(candidates.shape, -1.0, dtype=wide, device=query.device)
     for tile, (request, row, length, _) in enumerate(_rows(tiles)):
         if not length:
@@ -238,7 +246,7 @@ def attend(
 ) -> None:
     """Causal attention over [global | recalled | local], each block rotated to its slot.
 
-    recalled  [num_tiles, num_kv_heads, recall_blocks] int32, ascending
+    recalled  [num_tiles, num_kv_heads or 1, recall_blocks] int32, ascending
     sinks     [num_heads]: a logit per head that takes mass and gives no value
     out       [num_tokens, num_heads, head_size]: the tiles' rows are written, others left alone
     """
@@ -246,6 +254,7 @@ def attend(
     group = query.shape[1] // num_kv_heads
     heads = torch.arange(num_kv_heads, device=query.device)[:, None]
     offset = torch.arange(block_size, device=query.device)
+    recalled = recalled.expand(-1, num_kv_heads, -1)
     for tile, (request, row, length, position) in enumerate(_rows(tiles)):
         if not length:
             continue

@@ -17,6 +17,7 @@ from csrc_triton.primitives import (
     cap_logits,
     early_launch,
     load_rows,
+    row_strides,
     turn_rows,
     wait_for_previous,
 )
@@ -30,7 +31,7 @@ def _refine_scores_kernel(
     request_ptr,  # [num_tiles]
     row_ptr,
     length_ptr,
-    candidate_ptr,  # [num_tiles, num_kv_heads, num_candidates]
+    candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
     log_mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS]
     cos_sin_ptr,  # [num_positions, 2, half]
     score_ptr,  # [num_tiles, num_kv_heads, num_candidates]
@@ -43,6 +44,8 @@ def _refine_scores_kernel(
     table_stride,
     cache_stride_block,
     cache_stride_head,
+    candidate_stride_tile,
+    candidate_stride_head,
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -67,7 +70,7 @@ def _refine_scores_kernel(
     first_candidate = tl.program_id(2) * CANDIDATES
     candidate_offs = first_candidate + tl.arange(0, CANDIDATES)
     candidate_mask = candidate_offs < num_candidates
-    candidate_ptr += out_row * num_candidates
+    candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
     score_ptr += out_row * num_candidates + candidate_offs
     candidate = tl.load(candidate_ptr + candidate_offs, mask=candidate_mask, other=-1)
     here = (candidate >= 0) & (num_rows > 0)
@@ -137,7 +140,7 @@ def refine_scores(
     """The candidates' shares from their keys instead of their summaries.
 
     query       [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
-    candidates  [num_tiles, num_kv_heads, n] int32 block ids; negative: none
+    candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
     log_mass    [num_tiles, num_kv_heads, max_length * group] fp32, of score_blocks
     returns     [num_tiles, num_kv_heads, n] fp32; negative where there is no candidate
     """
@@ -147,7 +150,8 @@ def refine_scores(
     max_rows = tiles.max_length * group
     rows = min(triton.next_power_of_2(max_rows), 128)
     at_once, warps, stages = _tile_sizes(rows, head_size)
-    score = torch.empty(candidates.shape, dtype=torch.float32, device=query.device)
+    shape = (num_tiles, num_kv_heads, num_candidates)
+    score = torch.empty(shape, dtype=torch.float32, device=query.device)
     grid = (num_tiles, num_kv_heads, triton.cdiv(num_candidates, at_once))
     _refine_scores_kernel[grid](
         query,
@@ -167,6 +171,7 @@ def refine_scores(
         block_table.stride(0),
         pages.key.stride(0),
         pages.key.stride(1),
+        *row_strides(candidates),
         HEAD_SIZE=head_size,
         HALF=rotary.half,
         INTERLEAVED=rotary.interleaved,

@@ -178,7 +178,7 @@ def _sum_mass_kernel(
         best = new_best
     tl.store(
         partial_ptr + (out_row * MAX_ROWS + row_offs) * splits + split_idx,
-        tl.where(total > 0, best + tl.log2(total), -1e30),
+        tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-37)), -1e30),
         mask=row_offs < num_rows,
     )
 

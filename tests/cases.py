@@ -130,7 +130,10 @@ class Inputs:
     def recalled(self) -> torch.Tensor:
         """A selection to attend over, from the reference's own scores."""
         score, extent, _ = reference.score_blocks(*self.score_args())
-        return reference.recall_blocks(score.float(), self.case.scope.recall_blocks, extent)
+        scope = self.case.scope
+        return reference.recall_blocks(
+            score.float(), scope.recall_blocks, extent, per_layer=scope.per_layer
+        )
 
 
 def empty_pages(num_blocks, num_kv_heads, block_size, head_size, dtype) -> Pages:

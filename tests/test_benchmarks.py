@@ -289,7 +289,8 @@ def test_rows_count_hits_by_task_and_depth():
 def test_columns():
     told = "model provider task context_len depth samples hits global_size local_size recall_size"
     assert (
-        " ".join(needle.COLUMNS) == told + " dense_limit scorer seed gpu torch triton vllm commit"
+        " ".join(needle.COLUMNS)
+        == told + " dense_limit scorer select_every seed gpu torch triton vllm commit"
     )
     kernels = ast.parse((Path(needle.__file__).parent / "kernels.py").read_text())
     columns = next(
@@ -317,7 +318,7 @@ def test_streaming_has_the_scope_of_reattention(model):
     )
     parts = ("global_size", "local_size", "recall_size")
     assert ours["recall_size"] > 0 == streaming["recall_size"]
-    assert sum(ours[part] for part in parts) == sum(streaming[part] for part in parts) == 256
+    assert sum(ours[part] for part in parts) == sum(streaming[part] for part in parts) == 512
     assert ours["dense_limit"] == streaming["dense_limit"]
 
 
@@ -385,7 +386,6 @@ def test_the_demos_servers_differ_in_the_backend_alone(model, on_gpu):
     assert ours["--max-model-len"] == other["--max-model-len"] == str(64 * 512 + 64)
     assert {name for name in ours | other if ours.get(name) != other.get(name)} == {
         "--attention-backend",
-        "--additional-config",
         "--hf-overrides",
     }
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from benchmarks.demo import SETTINGS, make_tasks
+from benchmarks.demo import make_tasks
 from tests import engines
 from tests.engines import Ask
 from tests.make_models import make, make_adapter
@@ -31,7 +31,6 @@ TINY_OPTIONS = dict(
     skip_tokenizer_init=False,
     max_model_len=4096,
     max_num_batched_tokens=2048,
-    additional_config={"reattention": SETTINGS | {"scorer": "refined"}},  # however heads are split
 )
 
 

@@ -24,6 +24,7 @@ DECODE = [
     Case(contexts=(300,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(700,), scope=Scope(2, 3, 2, 20, 9), block_size=16),
     Case(contexts=(260,), rotary_dim=0, head_size=40),
+    Case(contexts=(300, 190), heads=(8, 4), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
     # so many that each is split into fewer parts than the merge has lanes for
     Case(contexts=(40, 70, 300, 20, 90, 33, 150, 64, 10), heads=(2, 2), head_size=32),
 ]
@@ -39,6 +40,7 @@ PREFILL = [
     Case(contexts=(300, 40), queries=(40, 7), scope=Scope(0, 0, 0, 0, 0, window=50), sinks=True),
     Case(contexts=(300,), queries=(18,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(190,), queries=(20,), heads=(32, 2), scope=Scope(1, 3, 2, 6, 6)),
+    Case(contexts=(300, 190), queries=(40, 3), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
 ]  # fmt: skip
 if ON_GPU:
     DECODE += [
@@ -115,7 +117,10 @@ def test_refine_scores(case, dtype):
     inputs = case.build(dtype, DEVICE)
     inputs.write(reference.write_kv)
     score, extent, mass = reference.score_blocks(*inputs.score_args())
-    candidates = reference.recall_blocks(score, case.scope.candidate_blocks, extent)
+    scope = case.scope
+    candidates = reference.recall_blocks(
+        score, scope.candidate_blocks, extent, per_layer=scope.per_layer
+    )
     args = (candidates, mass, inputs.rotary, inputs.scale, case.soft_cap)
     actual = kernels.refine_scores(*inputs.score_args()[:4], *args)
     exact = reference.refine_scores(*inputs.exact().score_args()[:4], *args)
@@ -172,9 +177,9 @@ ROWS = {
 def test_recall_blocks(kind, n, k):
     score = ROWS[kind](torch.Generator().manual_seed(n), n).to(DEVICE)
     extent = torch.tensor([n, 0, n - n // 3], dtype=torch.int32, device=DEVICE)
-    for limits in (None, extent):
-        actual = kernels.recall_blocks(score, k, limits)
-        assert torch.equal(actual, reference.recall_blocks(score, k, limits))
+    for given in ((None,), (extent,), (extent, None, True)):
+        actual = kernels.recall_blocks(score, k, *given)
+        assert torch.equal(actual, reference.recall_blocks(score, k, *given))
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -185,6 +190,9 @@ def test_recall_among_named_blocks(kind):
     names = names.contiguous().to(DEVICE)
     actual = kernels.recall_blocks(score, 8, blocks=names)
     assert torch.equal(actual, reference.recall_blocks(score, 8, blocks=names))
+    for_all = dict(blocks=names[:, :1].contiguous(), per_layer=True)
+    actual = kernels.recall_blocks(score, 8, **for_all)
+    assert torch.equal(actual, reference.recall_blocks(score, 8, **for_all))
 
 
 @pytest.mark.parametrize("candidates", [8, 0])
@@ -200,9 +208,8 @@ def test_heads_of_a_layer_recall_what_they_need_together(candidates, monkeypatch
             monkeypatch.setattr(attention, "stages", lambda _, stage=stage: stage)
             recalled[per_layer, stage] = attention.select(*given)
     assert torch.equal(recalled[True, kernels], recalled[True, reference])
-    first, *others = recalled[True, kernels].unbind(1)
-    assert all(torch.equal(first, other) for other in others)
-    assert not torch.equal(recalled[False, kernels], recalled[True, kernels])
+    (first,) = recalled[True, kernels].unbind(1)
+    assert not any(torch.equal(first, other) for other in recalled[False, kernels].unbind(1))
 
     if candidates:
         return
@@ -213,6 +220,25 @@ def test_heads_of_a_layer_recall_what_they_need_together(candidates, monkeypatch
         is_recalled = torch.isin(torch.arange(len(together)), first[tile].cpu())
         worst, best = together[is_recalled].min(), together[~is_recalled].max()
         assert worst >= best - 1e-3
+
+
+@pytest.mark.parametrize("case", [DECODE[0], DECODE[-1], PREFILL[0], PREFILL[-1]], ids=str)
+def test_a_selection_serves_other_layers(case, monkeypatch):
+    """They attend to what it recalled, and select nothing themselves."""
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    monkeypatch.setattr(attention, "stages", lambda _: reference)
+    given, out = inputs.score_args(), torch.full_like(inputs.query, float("nan"))
+    recalled = attention.reattention(*given, out)
+    assert torch.equal(recalled, attention.select(*given))
+
+    monkeypatch.setattr(reference, "score_blocks", None)
+    again = torch.full_like(out, float("nan"))
+    assert attention.reattention(*given, again, recalled=recalled) is recalled
+    torch.testing.assert_close(again, out, rtol=0, atol=0, equal_nan=True)
+    others = torch.zeros_like(recalled)
+    attention.reattention(*given, again, recalled=others)
+    assert not torch.allclose(again, out, equal_nan=True)
 
 
 @pytest.mark.parametrize("scope", [Scope(1, 4, 3, 8, 8), Scope(0, 0, 0, 0, window=50)], ids=str)
@@ -228,7 +254,7 @@ def test_warm_up_runs_every_stage_and_writes_nothing(scope, monkeypatch):
     inputs = DECODE[0].build(torch.float16, DEVICE)
     cache_dtype = torch.float8_e4m3fn if ON_GPU else torch.float16
     counts = {1: {1, 5}, 16: {3}}
-    given = (inputs.query, 2, cache_dtype, counts, 40, 16, scope, inputs.rotary, inputs.scale)
+    given = (inputs.query, 2, cache_dtype, counts, 10, 16, scope, inputs.rotary, inputs.scale)
     attention.warm_up(*given)
     selects = {"score_blocks", "recall_blocks", "refine_scores"} if scope.recall_blocks else set()
     assert set(launched) == {"write_kv", "attend"} | selects

@@ -88,9 +88,9 @@ def test_changelog_opens_with_this_version_and_its_vllm():
 
 def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32)
-    assert scope == Scope(1, 191, 64, 256, candidate_blocks=764)
+    assert scope == Scope(1, 191, 64, 256, candidate_blocks=382, per_layer=True)
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32)
-    assert scope == Scope(1, 95, 32, 256, candidate_blocks=380)
+    assert scope == Scope(1, 47, 16, 256, candidate_blocks=94, per_layer=True)
 
 
 @pytest.mark.parametrize("window", [64, 96, 500, 512, 4096, 8192, 10_000])
@@ -122,6 +122,8 @@ def test_recalling_nothing():
         (dict(dense_limit=1024), "dense_limit must lie between"),
         (dict(dense_limit=128), "dense_limit must lie between"),
         (dict(scorer="best"), "scorer must be one of"),
+        (dict(select_every=0), "select_every must be a number of layers from 1 on"),
+        (dict(scorer="refined", select_every=2), "select_every must be 1 with the scorer"),
     ],
 )
 def test_bad_numbers_are_refused(numbers, message):

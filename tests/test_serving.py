@@ -92,7 +92,8 @@ def test_scopes_differ_in_what_they_say(folder, engine):
     numbers = [
         SIZES,
         SIZES | dict(scorer="summary"),
-        SIZES | dict(scorer="layer"),
+        SIZES | dict(scorer="refined"),
+        SIZES | dict(select_every=1),
         SIZES | dict(recall_size=0),
         SIZES | dict(recall_size=0, local_size=160),
     ]
@@ -100,7 +101,7 @@ def test_scopes_differ_in_what_they_say(folder, engine):
     for n in numbers:
         (tokens,), _ = engine(engines.generate, model, [LONG], additional_config={"reattention": n})
         said.append(tuple(tokens[0]))
-    assert len({said[0], *said[2:]}) == 4
+    assert len({said[0], *said[2:]}) == 5
 
 
 @pytest.mark.parametrize(
@@ -174,10 +175,10 @@ def test_serve(folder):
     def told(name: str, **labels: str) -> float:
         return total(samples, f"reattention_{name}", engine="0", worker="0", **labels)
 
-    # Of 1107 tokens those from 512 on select: 19 prefill tiles and 7 single tokens, 5 blocks each
+    # Of 1107 tokens those from 512 on select: 19 prefill tiles and 7 single tokens, 11 blocks each
     assert told("rows_dense_total") == 512
     assert told("rows_selected_total") == 588 + 7
-    assert told("blocks_recalled_total") == (19 + 7) * 5
+    assert told("blocks_recalled_total") == (19 + 7) * 11
     assert told("context_tokens_count") == told("context_tokens_bucket", le="+Inf") == 1107
     assert told("context_tokens_sum") == 1107 * 1108 / 2
     dashboard = (Path(__file__).parent.parent / "docs" / "grafana.json").read_text()

@@ -1,5 +1,6 @@
 """The method on plain tensors: score, recall, refine, recall again, attend."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -39,13 +40,23 @@ def select(
     rotary: Rotary,
     scale: float,
     soft_cap: float = 0.0,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Recalled blocks of each tile: [num_tiles, num_kv_heads, recall_blocks] int32, ascending."""
+    """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recall_blocks] int32, ascending.
+
+    One row for all KV heads if they recall the same (Scope.per_layer); `add_up` then sums scores
+    over the processes that have a share of the heads each.
+    """
     stage = stages(query.device)
     score, extent, log_mass = stage.score_blocks(
         query, pages, block_table, tiles, scope, rotary, scale
     )
-    recall = _recall_for_all if scope.per_layer else stage.recall_blocks
+
+    def recall(score: Tensor, *args, **kwargs) -> Tensor:
+        if scope.per_layer and add_up is not None:
+            score = add_up(score.sum(1, keepdim=True))
+        return stage.recall_blocks(score, *args, **kwargs, per_layer=scope.per_layer)
+
     if not scope.candidate_blocks:
         return recall(score, scope.recall_blocks, extent)
     candidates = recall(score, scope.candidate_blocks, extent)
@@ -53,18 +64,6 @@ def select(
         query, pages, block_table, tiles, candidates, log_mass, rotary, scale, soft_cap
     )
     return recall(refined, scope.recall_blocks, blocks=candidates)
-
-
-def _recall_for_all(
-    score: Tensor, num_recalled: int, extent: Tensor | None = None, blocks: Tensor | None = None
-) -> Tensor:
-    """stages.recall_blocks by the sum over KV heads, which all get the same blocks."""
-    num_kv_heads = score.shape[1]
-    if blocks is not None:
-        blocks = blocks[:, :1].contiguous()  # the same for all heads
-    recall_blocks = stages(score.device).recall_blocks
-    recalled = recall_blocks(score.sum(1, keepdim=True), num_recalled, extent, blocks)
-    return recalled.expand(-1, num_kv_heads, -1).contiguous()
 
 
 def reattention(
@@ -78,7 +77,9 @@ def reattention(
     out: Tensor,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
-) -> None:
+    recalled: Tensor | None = None,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Attention of every tile over its own scope (ReAttention, arXiv 2407.15176).
 
     query        [num_tokens, num_heads, head_size] fp32 | bf16 | fp16, not rotated
@@ -86,23 +87,28 @@ def reattention(
     tiles        consecutive queries of one request within one block; see layout.Tiles
     scale        of the logits, 1/sqrt(head_size) as a rule
     out          [num_tokens, num_heads, head_size]; rows of no tile are left alone
+    recalled     what another layer recalled for these tiles, instead of a selection
+    add_up       as `select` takes it
+    returns      what was attended to: [num_tiles, num_kv_heads or 1, recall_blocks]
     """
     stage = stages(query.device)
-    max_blocks = block_table.shape[1]
-    selects = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
-    num_kv_heads = pages.key.shape[1]
-    run = tiles.row.shape[0]
-    if selects:
-        run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks)
-    for start in range(0, tiles.row.shape[0], run):
-        part = Tiles(*(column[start : start + run] for column in tiles[:4]), tiles.max_length)
-        if selects:
-            recalled = select(query, pages, block_table, part, scope, rotary, scale, soft_cap)
-        else:
-            recalled = block_table.new_empty((part.row.shape[0], num_kv_heads, 0))
-        stage.attend(
-            query, pages, block_table, part, recalled, scope, rotary, scale, out, soft_cap, sinks
-        )
+    num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
+    if recalled is None:
+        recalled = block_table.new_empty((num_tiles, 1, 0))
+        if max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window:
+            num_kv_heads = pages.key.shape[1]
+            run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks)
+            parts = [
+                Tiles(*(column[start : start + run] for column in tiles[:4]), tiles.max_length)
+                for start in range(0, num_tiles, run)
+            ]
+            given = (scope, rotary, scale, soft_cap, add_up)
+            found = [select(query, pages, block_table, part, *given) for part in parts]
+            recalled = found[0] if len(found) == 1 else torch.cat(found)
+    stage.attend(
+        query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks
+    )
+    return recalled
 
 
 def warm_up(
@@ -136,6 +142,16 @@ def warm_up(
         for num_tiles in counts:
             nothing = torch.zeros(num_tiles, dtype=torch.int32, device=device)
             tiles = Tiles(nothing, nothing, nothing, nothing, max_length)
-            for width in {max_blocks, min(max_blocks, scope.dense_blocks or max_blocks)}:
-                table = block_table[:, :width]  # a step of short requests selects nothing
+            for width in _widths(max_blocks, scope):
+                table = block_table[:, :width]
                 reattention(query, pages, table, tiles, scope, rotary, scale, out, soft_cap, sinks)
+
+
+def _widths(max_blocks: int, scope: Scope) -> list[int]:
+    """Widths of the block table that kernels differ for: recalling is compiled for powers of 2."""
+    least = min(max_blocks, scope.dense_blocks or max_blocks)  # a step that selects nothing
+    widths, width = [least], max_blocks
+    while width > least:
+        widths.append(width)
+        width = 1 << (width - 1).bit_length() - 1
+    return widths

@@ -151,6 +151,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.flash_attention = compat.flash_attention(head_size, sinks is not None, self.soft_cap)
+        self.selects = True  # else it recalls what a layer before it did; set by the builder
         self.site: Site | None = None  # set when the layer is attached to its parent
         self.rope: Rope | None = None  # from here on set once weights are loaded
         self.rotary: Rotary | None = None
@@ -159,6 +160,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.config = ReAttentionConfig.read(config.additional_config)
         self.trained_window = compat.trained_window(config.model_config)
         self.cache_config, self.scheduler_config = config.cache_config, config.scheduler_config
+        self.add_up = compat.sum_over_processes(config.parallel_config)
         self.max_model_len = config.model_config.max_model_len
         self.layers = config.compilation_config.static_forward_context
 
@@ -232,8 +234,9 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         pages = self._pages(layer, kv_cache)
         if attn_metadata.fresh is not None:
             self._attend_fresh(query, key, value, attn_metadata.fresh, output)
-        for tiles in attn_metadata.tiles:
-            reattention(
+        recalled = attn_metadata.recalled
+        for index, tiles in enumerate(attn_metadata.tiles):
+            found = reattention(
                 query,
                 pages,
                 attn_metadata.block_table,
@@ -244,7 +247,12 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
                 output,
                 self.soft_cap,
                 self.sinks,
+                # none if the layer that selects for this one is not in this forward pass
+                None if self.selects else recalled.get(index),
+                self.add_up,
             )
+            if self.selects and not self.window:
+                recalled[index] = found
         return output
 
     def _attend_fresh(

@@ -198,6 +198,15 @@ def flash_attention(head_size: int, has_sinks: bool, soft_cap: float) -> Callabl
     return functools.partial(fa_utils.flash_attn_varlen_func, fa_version=version)
 
 
+def sum_over_processes(parallel_config) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Sums a tensor over the processes that share a layer's heads; None if there is but one."""
+    if parallel_config.tensor_parallel_size == 1:
+        return None
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    return tensor_model_parallel_all_reduce
+
+
 def kernel_block_size(block_size: int | None) -> int:
     """What vLLM cuts its blocks into for our kernels."""
     fitting = [size for size in BLOCK_SIZES if block_size and block_size % size == 0]

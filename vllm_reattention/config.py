@@ -6,9 +6,11 @@ from typing import Any, Literal, get_args
 from csrc_triton.layout import Scope
 
 KEY = "reattention"
-Scorer = Literal["refined", "summary", "layer"]
+Scorer = Literal["layer", "refined", "summary"]
 MOST = 8192  # tokens of a default scope or dense limit
-CANDIDATES_PER_RECALLED = 4
+LEAST = 2048  # tokens of a default scope, if the model was trained on so many
+CANDIDATES_PER_RECALLED = 2
+SELECT_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -20,27 +22,40 @@ class ReAttentionConfig:
     recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
     dense_limit   up to here a query attends to everything; default the trained window, but no more
                   than 8192, and never less than the scope
-    scorer        refined: the best candidates are scored again from their keys
-                  summary: blocks are ranked by their summaries alone
-                  layer: refined, by the sum over a layer's KV heads, which recall the same
+    scorer        layer: the best candidates are scored again from their keys; a layer's KV heads
+                  add up their scores and recall the same blocks
+                  refined: the same, but each KV head recalls for itself
+                  summary: each KV head ranks blocks by their summaries alone
+    select_every  every how many layers selects; those behind it recall the same blocks. For the
+                  scorer "layer" alone; default 4
 
-    The default scope is half the trained window, but no more than 8192: a model is at its weakest
-    at the far end of what it was trained on (docs/fidelity.md).
+    The default scope is a quarter of the trained window, but at least 2048 tokens (or the window)
+    and at most 8192: how much a model makes of recalled text falls before its window ends
+    (docs/fidelity.md).
     """
 
     global_size: int | None = None
     local_size: int | None = None
     recall_size: int | None = None
     dense_limit: int | None = None
-    scorer: Scorer = "refined"
+    scorer: Scorer = "layer"
+    select_every: int | None = None
 
     def __post_init__(self):
         for name in ("global_size", "local_size", "recall_size", "dense_limit"):
             size = getattr(self, name)
             if size is not None and type(size) is not int:
                 raise ValueError(f"{name} must be a whole number of tokens, got {size!r}")
+        every = self.select_every
+        if every is not None and (type(every) is not int or every < 1):
+            raise ValueError(f"select_every must be a number of layers from 1 on, got {every!r}")
         if self.scorer not in get_args(Scorer):
             raise ValueError(f"scorer must be one of {get_args(Scorer)}, got {self.scorer!r}")
+        if self.scorer != "layer" and every not in (None, 1):
+            raise ValueError(
+                f"select_every must be 1 with the scorer {self.scorer!r}, as a KV head has none "
+                f'that it corresponds to in the next layer, got {every}; take the scorer "layer"'
+            )
 
     @classmethod
     def read(cls, additional_config: Any) -> "ReAttentionConfig":
@@ -59,13 +74,17 @@ class ReAttentionConfig:
                 )
         return cls(**numbers)
 
+    @property
+    def layers_per_selection(self) -> int:
+        return self.select_every or (SELECT_EVERY if self.scorer == "layer" else 1)
+
     def resolve(self, trained_window: int, block_size: int) -> Scope:
         """The scope in blocks for a model trained on `trained_window` tokens."""
 
         def whole(size: int) -> int:
             return size // block_size * block_size
 
-        size = whole(min(MOST, trained_window // 2))
+        size = whole(min(MOST, max(trained_window // 4, LEAST), trained_window))
         first = max(32, block_size) if self.global_size is None else self.global_size
         local = max(whole(size // 4), block_size) if self.local_size is None else self.local_size
         recall = self.recall_size

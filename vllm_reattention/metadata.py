@@ -1,6 +1,6 @@
 """vLLM's metadata, once per step, as tiles."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -33,6 +33,8 @@ class ReAttentionMetadata:
     tiles: list[Tiles]  # decode tokens, prefill tiles: those there are
     block_table: Tensor  # [num_requests, max_blocks] int32
     fresh: FreshPrompts | None  # instead of prefill tiles
+    # By index of `tiles`: what the last layer that selects recalled, for those behind it.
+    recalled: dict[int, Tensor] = field(default_factory=dict)
 
 
 class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
@@ -66,6 +68,9 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         self.has_flash_attention = all(
             layers[name].impl.flash_attention is not None for name in layer_names
         )
+        impls = [layers[name].impl for name in layer_names]
+        for index, impl in enumerate(impl for impl in impls if not impl.window):
+            impl.selects = index % config.layers_per_selection == 0
         self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
         self.counts = None
         if _first_selecting(layers) in layer_names:  # every group of layers would count alike
@@ -80,7 +85,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
             "ReAttention: scope %d tokens (%d global + %d recalled + %d local), trained window %d, "
-            "all keys up to %d, scorer %s, summaries take %.1f %% of the KV cache",
+            "all keys up to %d, scorer %s, one selection for %d layers, summaries take %.1f %% of "
+            "the KV cache",
             (scope.global_blocks + scope.recall_blocks + scope.local_blocks) * size,
             scope.global_blocks * size,
             scope.recall_blocks * size,
@@ -88,6 +94,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             trained_window,
             scope.dense_blocks * size,
             config.scorer,
+            config.layers_per_selection,
             100 * (1 - content / spec.state_content_size_bytes),
         )
 
