@@ -90,7 +90,7 @@ def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32)
     assert scope == Scope(1, 191, 64, 256, candidate_blocks=382, per_layer=True)
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32)
-    assert scope == Scope(1, 47, 16, 256, candidate_blocks=94, per_layer=True)
+    assert scope == Scope(1, 47, 16, 64, candidate_blocks=94, per_layer=True)
 
 
 @pytest.mark.parametrize("window", [64, 96, 500, 512, 4096, 8192, 10_000])
@@ -100,8 +100,7 @@ def test_defaults_fit_any_window(window, block_size):
         return
     scope = ReAttentionConfig().resolve(window, block_size)
     total = scope.global_blocks + scope.recall_blocks + scope.local_blocks
-    assert total <= scope.dense_blocks and total * block_size <= window
-    assert scope.dense_blocks == min(window, 8192) // block_size
+    assert total == scope.dense_blocks and total * block_size <= window
 
 
 def test_recalling_nothing():

@@ -7,7 +7,7 @@ from csrc_triton.layout import Scope
 
 KEY = "reattention"
 Scorer = Literal["layer", "refined", "summary"]
-MOST = 8192  # tokens of a default scope or dense limit
+MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
 CANDIDATES_PER_RECALLED = 2
 SELECT_EVERY = 4
@@ -20,8 +20,8 @@ class ReAttentionConfig:
     global_size   first tokens, always attended to; default 32, at least one block
     local_size    last tokens, always attended to; default a quarter of the scope
     recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
-    dense_limit   up to here a query attends to everything; default the trained window, but no more
-                  than 8192, and never less than the scope
+    dense_limit   up to here a query attends to everything; default the scope, which finds more
+                  beyond it than a higher limit does
     scorer        layer: the best candidates are scored again from their keys; a layer's KV heads
                   add up their scores and recall the same blocks
                   refined: the same, but each KV head recalls for itself
@@ -93,7 +93,7 @@ class ReAttentionConfig:
         total = first + recall + local
         dense = self.dense_limit
         if dense is None:
-            dense = max(total, whole(min(MOST, trained_window)))
+            dense = total
 
         sizes = dict(global_size=first, local_size=local, recall_size=recall, dense_limit=dense)
         for name, tokens in sizes.items():
