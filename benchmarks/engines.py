@@ -1,14 +1,17 @@
 """vLLM engines as the benchmarks start them: what a provider is, and a process for each."""
 
 import argparse
+import fcntl
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_reattention.config import ReAttentionConfig
@@ -129,6 +132,14 @@ def engine(**arguments) -> Iterator:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While no other benchmark of this machine is timed: engines may start side by side."""
+    with (Path(tempfile.gettempdir()) / "vllm-reattention-benchmark.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def memory(worker) -> tuple[int, int]:

@@ -268,7 +268,8 @@ def main() -> None:
     prompts = Prompts(options.model)
     for task in options.tasks:
         once = argparse.Namespace(**vars(options) | {"keys": 1})
-        _, weight = ask(study, prompts, once, task, study.window // 4, "served", {}, None)
+        everything = {"dense_limit": study.window}
+        _, weight = ask(study, prompts, once, task, study.window // 4, "served", everything, None)
         for length in sorted(options.lengths):
             for rule in options.rules:
                 for settings in options.settings:

@@ -84,7 +84,7 @@ class Case(NamedTuple):
 def run_provider(
     provider: engines.Provider, cases: list[Case], chosen: dict, shared: dict, deadline: float
 ) -> None:
-    with engines.engine(**provider.arguments(), **chosen) as llm:
+    with engines.engine(**provider.arguments(), **chosen) as llm, engines.alone():
         cache = llm.llm_engine.vllm_config.cache_config
         room = (cache.num_gpu_blocks - 1) * cache.block_size  # the first block is nobody's
         generate(llm, random_prompts(Case(min(WARM_UP, cases[-1].context_len), 1)), NEW_TOKENS)
