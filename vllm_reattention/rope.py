@@ -142,9 +142,12 @@ def read_table(table: Callable[[Tensor], tuple[Tensor, Tensor]], num_positions: 
         radians = radians + behind / position
     angles = positions[:, None] * radians
     error = torch.hypot(magnitude * angles.cos() - cos, magnitude * angles.sin() - sin)
-    allowed = magnitude * (1e-5 + 2.0**-22 * angles.abs())  # the table's own angles are fp32
+    # A model's own table has 16 bit as a rule, whose rounding is allowed here; its angles are fp32
+    allowed = magnitude * (2.0**-8 + 2.0**-22 * angles.abs())
     if (error > allowed).any():
+        place, channel = divmod(int((error / allowed).argmax()), error.shape[1])
         raise Refused(
-            f"its angles must be position * frequency, got a table {error.max():.1e} off that"
+            f"its angles must be position * frequency, got a table {error[place, channel]:.1e} off "
+            f"that at position {positions[place]}, channel {channel}"
         )
     return Rope(radians, magnitude)
