@@ -1,12 +1,18 @@
 """What a guest must not do, and its numbers. Needs no vLLM."""
 
 import ast
+import shutil
 import subprocess
 import sys
+import tarfile
+from importlib.metadata import distributions
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import vllm_reattention
 from csrc_triton.layout import Scope, rotation_table
@@ -39,23 +45,27 @@ def packages(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path)}
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+def python(*arguments: str | Path, cwd: Path = ROOT) -> str:
+    """What Python prints, given code with -c or a module with -m."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_importing_is_free():
     heavy = "import sys, vllm_reattention; print({'torch', 'vllm', 'triton'} & set(sys.modules))"
-    assert python(heavy) == "set()"
+    assert python("-c", heavy) == "set()"
 
 
 def test_registering_twice_is_harmless():
-    python("import vllm_reattention as v; v.register(); v.register()")
+    python("-c", "import vllm_reattention as v; v.register(); v.register()")
 
 
 def test_registering_without_vllm_is_harmless():
-    python("import sys; sys.modules['vllm'] = None; import vllm_reattention as v; v.register()")
+    python(
+        "-c", "import sys; sys.modules['vllm'] = None; import vllm_reattention as v; v.register()"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc_triton").glob("*.py")), ids=lambda p: p.stem)
@@ -78,6 +88,84 @@ def test_arrows_point_down(name):
 def test_every_module_has_its_place():
     modules = {path.stem for path in (ROOT / "vllm_reattention").glob("*.py")}
     assert modules == {"__init__", *ORDER}
+
+
+PIP = "-m", "pip", "--disable-pip-version-check", "--quiet"
+OFFLINE = "--no-index", "--no-deps", "--no-build-isolation"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """Wheel and sdist of these sources, the wheel of that sdist, and the wheel installed."""
+    folder = tmp_path_factory.mktemp("built")
+    tree, installed = folder / "tree", folder / "installed"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    make_sdist = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    python("-c", make_sdist, cwd=tree)
+    (sdist,) = folder.glob("*.tar.gz")
+    wheels = []
+    for name, source in ("from tree", tree), ("from sdist", sdist):
+        python(*PIP, "wheel", *OFFLINE, "--wheel-dir", folder / name, source)
+        wheels += (folder / name).iterdir()
+    python(*PIP, "install", *OFFLINE, "--target", installed, wheels[0])
+    return dict(wheel=wheels[0], sdist=sdist, rebuilt=wheels[1], installed=installed)
+
+
+def test_a_wheel_holds_the_two_packages_and_nothing_else(built):
+    with ZipFile(built["wheel"]) as wheel:
+        names = set(wheel.namelist())
+    about = f"vllm_reattention-{vllm_reattention.__version__}.dist-info/"
+    sources = [
+        path for name in ("vllm_reattention", "csrc_triton") for path in (ROOT / name).glob("*.py")
+    ]
+    expected = {f"{path.parent.name}/{path.name}" for path in sources}
+    assert {name for name in names if not name.startswith(about)} == expected
+    assert about + "licenses/LICENSE" in names
+
+
+def test_an_sdist_builds_the_same_wheel(built):
+    def files(path: Path) -> dict[str, bytes]:
+        with ZipFile(path) as wheel:
+            return {name: wheel.read(name) for name in wheel.namelist()}
+
+    with tarfile.open(built["sdist"]) as sdist:
+        folders = {Path(name).parts[1] for name in sdist.getnames() if "/" in name}
+    assert folders >= {"setup.py", "README.md"} and not folders & {"tests", "benchmarks"}
+    assert built["wheel"].name == built["rebuilt"].name
+    assert files(built["wheel"]) == files(built["rebuilt"])
+
+
+def test_an_installed_wheel_is_what_vllm_looks_for(built):
+    (found,) = distributions(path=[str(built["installed"])])
+    assert found.metadata["Name"] == "vllm-reattention"
+    assert found.version == vllm_reattention.__version__
+    (entry,) = found.entry_points.select(group="vllm.general_plugins")
+    assert (entry.name, entry.value) == ("reattention", "vllm_reattention:register")
+    needed = [Requirement(line) for line in found.requires]
+    ranges = [need.specifier for need in needed if need.name.startswith("vllm")]
+    assert ranges == 2 * [SpecifierSet(vllm_reattention.VLLM_RANGE)]  # for CUDA, for a CPU
+
+
+@pytest.mark.parametrize(
+    "missing, modules",
+    [
+        ("vllm triton", "vllm_reattention csrc_triton.reference vllm_reattention.plan"),
+        ("vllm", "csrc_triton.kernels"),
+    ],
+    ids=["without triton", "kernels"],
+)
+def test_an_installed_wheel_imports(missing, modules, built, tmp_path):
+    code = f"""if True:
+        import importlib, sys
+        sys.path.insert(0, {str(built["installed"])!r})
+        sys.modules.update(dict.fromkeys({missing.split()}))
+        for name in {modules.split()}:
+            print(importlib.import_module(name).__file__)
+        import vllm_reattention
+        vllm_reattention.register()
+    """
+    for path in python("-I", "-c", code, cwd=tmp_path).splitlines():
+        assert Path(path).is_relative_to(built["installed"])
 
 
 def test_changelog_opens_with_this_version_and_its_vllm():
