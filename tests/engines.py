@@ -149,6 +149,73 @@ def answers(
     return found, counters
 
 
+def answers_scheduled_ahead(*args, **options) -> tuple[list[list[Answer]], int]:
+    """By asynchronous scheduling, which vLLM switches off on a CPU; and the steps of its scheduler.
+
+    The second step is scheduled before it is known what the first one has said.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    stock, schedule, steps = CpuPlatform.check_and_update_config, AsyncScheduler.schedule, []
+
+    def check_and_update_config(cls, config):
+        stock(config)
+        config.scheduler_config.async_scheduling = True
+
+    def counted(self, *given, **named):
+        steps.append(1)
+        return schedule(self, *given, **named)
+
+    with (
+        mock.patch.object(
+            CpuPlatform, "check_and_update_config", classmethod(check_and_update_config)
+        ),
+        mock.patch.object(AsyncScheduler, "schedule", counted),
+    ):
+        found, _ = answers(*args, **options)
+    return found, len(steps)
+
+
+def answers_around_sleep(
+    model: Path, batch: list[Ask], **options
+) -> tuple[list[Answer], list[str], list[Answer]]:
+    """Before and after a sleep of level 2; and what of ours that would lose on a GPU."""
+    from vllm import LLM
+
+    llm = LLM(model=str(model), **(DEFAULTS | options))
+    before = _ask(llm, batch)
+    (lost,) = llm.collective_rpc(_sleep_and_wake)
+    found = before, lost, _ask(llm, batch)
+    del llm
+    gc.collect()
+    return found
+
+
+def _sleep_and_wake(worker) -> list[str]:
+    """What vLLM's worker on a GPU does: it keeps buffers, puts them back, loads weights again."""
+    import torch
+
+    runner = worker.model_runner
+    registered = [*runner.model.parameters(), *runner.model.buffers()]
+    kept = {tensor.untyped_storage().data_ptr() for tensor in registered}
+    lost = [
+        f"{layer.layer_name}.{name}"
+        for layer in runner.vllm_config.compilation_config.static_forward_context.values()
+        for name, value in vars(layer.impl).items()
+        if name != "rope"  # that is on the host
+        for tensor in (value if isinstance(value, tuple) else (value,))
+        if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in kept
+    ]
+    saved = {name: buffer.clone() for name, buffer in runner.model.named_buffers()}
+    for tensor in (*registered, *runner.kv_caches):
+        tensor.data.fill_(torch.nan)
+    for name, buffer in runner.model.named_buffers():
+        buffer.data.copy_(saved[name])
+    runner.reload_weights()
+    return lost
+
+
 def _counters(llm) -> dict[str, list[float]]:
     name = llm.llm_engine.model_config.served_model_name
     counters: dict[str, list[float]] = {}

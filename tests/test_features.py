@@ -164,3 +164,19 @@ def test_two_processes_share_the_heads(alone, llama, engine):
     rows = 1100 + 330 + 2 * 23
     assert counters["reattention_rows_dense"] == [384, 384]
     assert counters["reattention_rows_selected"] == [rows - 384, rows - 384]
+
+
+def test_steps_may_be_scheduled_ahead(alone, llama, engine):
+    """A request joins and one ends while the next step is on its way."""
+    batch = [Ask(FIRST, 24), Ask(SECOND, 5), Ask(THIRD, 24)]
+    options = WHOLE | dict(max_num_seqs=2)
+    (found,), steps = engine(engines.answers_scheduled_ahead, llama, [batch], **options)
+    assert [answer.tokens[0] for answer in found] == [alone[0], alone[1][:5], alone[2]]
+    assert steps > 24
+
+
+def test_sleep_loses_nothing(alone, llama, engine):
+    """By what a GPU's worker saves and restores, done by hand: vLLM does not sleep on a CPU."""
+    before, lost, after = engine(engines.answers_around_sleep, llama, [Ask(FIRST, 24)], **WHOLE)
+    assert before == after and before[0].tokens == [alone[0]]
+    assert lost == []

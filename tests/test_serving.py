@@ -2,6 +2,7 @@
 
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,14 +59,27 @@ def test_chunks_do_not_matter(folder, engine):
 
 
 def test_speculation_does_not_matter(folder):
-    """The prompt repeats itself, so that some guesses are right."""
+    """Some guesses are right: the prompts repeat themselves, and within the dense limit the draft
+    is the model. The draft runs on vLLM's own backend, and so within the trained window alone.
+    """
+    model, repeated = make("llama", folder), LONG[0][:50]
     ngram = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
-    job = engines.generate, make("llama", folder), [[LONG[0][:50] * 18]], 40
+    draft = dict(method="draft_model", model=str(model), num_speculative_tokens=3)
     options = SMALL | dict(max_num_batched_tokens=2048)  # the same chunk with and without
+    long, short = [[repeated * 18]], [[repeated * 9, LONG[0][:150]]]
+    within = options | dict(max_model_len=WINDOW)
     with engines.workers() as pool:  # of its own: what ngram imports upsets vLLM's next engine
-        (plain,), _ = pool.submit(*job, **options).result(300)
-        (speculated,), _ = pool.submit(*job, speculative_config=ngram, **options).result(300)
-    assert plain == speculated
+
+        def said(*job, **options):
+            (tokens,), counts = pool.submit(engines.generate, model, *job, **options).result(300)
+            return tokens, counts[0][0]
+
+        plain, _ = said(short, 60, **within)
+        drafted, selected = said(short, 60, speculative_config=draft, **within)
+        assert plain == drafted and selected > 300
+        plain, _ = said(long, 40, **options)
+        guessed, selected = said(long, 40, speculative_config=ngram, **options)
+        assert plain == guessed and selected > 700
 
 
 def test_a_forced_text_has_the_loss_of_a_prompt(folder, engine):
@@ -142,6 +156,11 @@ def test_other_caches_run(options, folder, engine):
             dict(kv_transfer_config=dict(kv_connector="LMCacheConnectorV1", kv_role="kv_both")),
             "would leave out their summaries; use OffloadingConnector",
         ),
+        (
+            "llama",
+            dict(speculative_config=dict(method="draft_model", num_speculative_tokens=3)),
+            "draft_model.model.layers.0.self_attn.attn on CPU_ATTN; lower --max-model-len to 512",
+        ),
         ("llama", dict(rotates_again=True), "and no other plugin may replace"),
         ("llama", dict(pretend_gpu=True), "--dtype must be bfloat16 or float16 on a GPU"),
         ("llama", dict(block_size=16), "--block-size must be a multiple of 32, got 16"),
@@ -150,7 +169,10 @@ def test_other_caches_run(options, folder, engine):
     ],
 )
 def test_what_cannot_be_served_is_refused(name, options, message, folder, engine):
-    error = engine(engines.refusal, make(name, folder), **options)
+    model = make(name, folder)
+    if "speculative_config" in options:
+        options = dict(speculative_config=options["speculative_config"] | dict(model=str(model)))
+    error = engine(engines.refusal, model, **options)
     assert message in error
     assert "\n" not in error or "CPU_ATTN" in str(options)
 
@@ -185,3 +207,26 @@ def test_serve(folder):
     assert set(re.findall(r"vllm:\w+", dashboard)) <= {sample.name for sample in samples}
     up_to = {128: 128, 512: 512, 1024: 1024, 2048: 1107}
     assert up_to == {n: told("context_tokens_bucket", le=f"{n}.0") for n in up_to}
+
+
+def test_two_engines_serve(folder, engine):
+    """Data parallelism: each takes some of the requests and counts for itself."""
+    model, prompt = make("llama", folder), LONG[0][:700]
+    make_tokenizer(model)
+    (expected,), _ = engine(
+        engines.generate, model, [[prompt]], max_tokens=8, max_num_batched_tokens=256
+    )
+    arguments = f"--model {model} --attention-backend reattention --max-model-len 2048"
+    arguments += " --dtype float32 --max-num-seqs 2 --max-num-batched-tokens 256"
+    arguments += " --data-parallel-size 2 --no-enable-prefix-caching"
+    body = dict(model=str(model), prompt=prompt, max_tokens=8, temperature=0)
+    with (
+        serve(arguments.split(), on_gpu=False) as server,
+        ThreadPoolExecutor() as clients,
+    ):
+        found = list(clients.map(server.post, 4 * ["/v1/completions"], 4 * [body]))
+        samples = server.metrics()
+    for answer in found:
+        assert answer["choices"][0]["text"].split() == [str(token) for token in expected[0]]
+    selected = [total(samples, "reattention_rows_selected_total", engine=e) for e in "01"]
+    assert min(selected) > 0 and sum(selected) == 4 * (700 - WINDOW + 7)
