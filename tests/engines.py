@@ -4,6 +4,7 @@ import gc
 import io
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -292,15 +293,30 @@ def _rows(worker) -> tuple[int, int] | None:
     return max(counts, default=None)
 
 
-def _rotate_again(parent, name, child):
-    """What another plugin might do: put its own in place of the modules that rotate."""
+def _wrapped(rotary):
+    """What another plugin might put around a rotary embedding, as to count its calls."""
+    import torch
+
+    wrapper = torch.nn.Module()
+    wrapper.forward = rotary.forward
+    return wrapper
+
+
+def wrap_stock_rotary(parent, _, child):
+    """Before ours has taken its place: a module that we cannot know, and that rotates."""
     from vllm_reattention import compat
 
-    attention = parent._modules.get("attn")
-    if compat.is_ours(child) or compat.is_ours(attention):
-        for other, module in parent._modules.items():
+    return _wrapped(child) if compat.is_rotary(child) else None
+
+
+def wrap_our_rotary(parent, _, child):
+    """Afterwards: one that does not, as in a layer without rotation."""
+    from vllm_reattention import compat
+
+    if compat.is_ours(child):
+        for name, module in parent._modules.items():
             if hasattr(module, "stock"):
-                parent._modules[other] = vars(module)["stock"]
+                parent._modules[name] = _wrapped(module)
 
 
 def refusal(
@@ -308,7 +324,7 @@ def refusal(
     pretend_range: str | None = None,
     pretend_gpu: bool = False,
     batch_invariant: bool = False,
-    rotates_again: bool = False,
+    meddler: Callable | None = None,
     **options,
 ) -> str:
     """Why an engine does not start."""
@@ -316,14 +332,15 @@ def refusal(
     from vllm import LLM
     from vllm.v1.attention import selector
 
-    from vllm_reattention import compat
+    from vllm_reattention import compat, register
 
+    register()  # before any meddler
     selector._cached_get_attn_backend.cache_clear()  # what it found fit for an earlier engine
     supported, on_cpu = compat.VLLM_RANGE, compat.on_cpu
     compat.VLLM_RANGE = pretend_range or supported
     compat.on_cpu = lambda: on_cpu() and not pretend_gpu
     os.environ["VLLM_BATCH_INVARIANT"] = str(int(batch_invariant))
-    other = register_module_module_registration_hook(_rotate_again) if rotates_again else None
+    other = register_module_module_registration_hook(meddler) if meddler else None
     try:
         LLM(model=str(model), **(DEFAULTS | options))
     except (ValueError, NotImplementedError, RuntimeError) as error:

@@ -145,23 +145,45 @@ def test_other_caches_run(options, folder, engine):
         ),
         ("deepseek", {}, "an MLA model keeps latents; choose another attention backend"),
         ("bloom", {}, "got ALiBi slopes; choose another attention backend"),
-        ("mrope", {}, "got the three of mRoPE"),
-        ("hunyuan", {}, "must be rotated last"),
+        ("mrope", {}, "got the three of mRoPE ... serve a text-only model of the family or choose"),
+        ("hunyuan", {}, "must be rotated last ... choose another attention backend for this model"),
         ("llama", dict(kv_cache_dtype="fp8_e5m2"), "--kv-cache-dtype must be one of auto"),
-        ("llama", dict(decode_context_parallel_size=2), "--decode-context-parallel-size must be 1"),
-        ("llama", dict(prefill_context_parallel_size=2), "use --tensor-parallel-size or choose"),
-        ("llama", dict(batch_invariant=True), "VLLM_BATCH_INVARIANT must be unset"),
+        (
+            "llama",
+            dict(decode_context_parallel_size=2),
+            "--decode-context-parallel-size must be 1, got 2 ... use --tensor-parallel-size",
+        ),
+        (
+            "llama",
+            dict(prefill_context_parallel_size=2),
+            "--prefill-context-parallel-size must be 1, got 2 ... use --tensor-parallel-size",
+        ),
+        (
+            "llama",
+            dict(batch_invariant=True),
+            "VLLM_BATCH_INVARIANT must be unset ... choose another attention backend",
+        ),
         (
             "llama",
             dict(kv_transfer_config=dict(kv_connector="LMCacheConnectorV1", kv_role="kv_both")),
-            "would leave out their summaries; use OffloadingConnector",
+            "must move whole pages, LMCacheConnectorV1 moves ... use OffloadingConnector",
         ),
         (
             "llama",
             dict(speculative_config=dict(method="draft_model", num_speculative_tokens=3)),
-            "draft_model.model.layers.0.self_attn.attn on CPU_ATTN; lower --max-model-len to 512",
+            "must run on reattention ... draft_model ... on CPU_ATTN; lower --max-model-len to 512",
         ),
-        ("llama", dict(rotates_again=True), "and no other plugin may replace"),
+        (
+            "llama",
+            dict(meddler=engines.wrap_stock_rotary),
+            "must be its only use of positions, and no other plugin may replace ... "
+            "VLLM_PLUGINS=reattention ... choose another",
+        ),
+        (
+            "llama",
+            dict(meddler=engines.wrap_our_rotary),
+            "no other plugin may replace its rotary embedding ... VLLM_PLUGINS=reattention",
+        ),
         ("llama", dict(pretend_gpu=True), "--dtype must be bfloat16 or float16 on a GPU"),
         ("llama", dict(block_size=16), "--block-size must be a multiple of 32, got 16"),
         ("llama", dict(pretend_range=">=99"), "must run with vllm>=99, got"),
@@ -169,11 +191,12 @@ def test_other_caches_run(options, folder, engine):
     ],
 )
 def test_what_cannot_be_served_is_refused(name, options, message, folder, engine):
+    """What it is, and what to do."""
     model = make(name, folder)
     if "speculative_config" in options:
         options = dict(speculative_config=options["speculative_config"] | dict(model=str(model)))
     error = engine(engines.refusal, model, **options)
-    assert message in error
+    assert all(part in error for part in message.split(" ... ")), error
     assert "\n" not in error or "CPU_ATTN" in str(options)
 
 

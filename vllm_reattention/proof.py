@@ -20,12 +20,14 @@ from vllm_reattention.rope import (
     Rope,
     Site,
     defer_embeddings,
+    deferring,
     read_table,
     transformers_ropes,
 )
 
 POSITIONS = (0, 1, 2, 5, 17, 40)
 OTHERS = (3, 9, 30, 1, 0, 11)
+ALONE = "VLLM_PLUGINS=reattention loads ours alone"
 NO_ROTATION = Rope(torch.zeros(0, dtype=torch.float64))
 
 _ropes: weakref.WeakKeyDictionary[nn.Module, Rope] = weakref.WeakKeyDictionary()
@@ -117,6 +119,8 @@ def _prove_vllm(probe: _Probe, positions: str) -> Rope:
     names = [name for name, child in children.items() if isinstance(child, Deferred)]
     if len(names) > 1:
         raise Refused(f"it must own one rotary embedding, owns {', '.join(names)}")
+    if not names and probe.parent in deferring:
+        raise Refused(f"no other plugin may replace its rotary embedding ({ALONE})")
 
     def run(at: Tensor) -> list[Tensor]:
         return probe.run(**{positions: at, "hidden_states": probe.states})
@@ -196,7 +200,7 @@ def _must_be_position_free(some: list[Tensor], others: list[Tensor]) -> None:
     if not _same(some[1:], others[1:]) or not torch.allclose(query, other, atol=1e-2):
         raise Refused(
             "its rotary embedding must be its only use of positions, and no other plugin may "
-            "replace that"
+            f"replace that ({ALONE})"
         )
 
 

@@ -21,6 +21,9 @@ from vllm_reattention import compat
 
 # Rotary embeddings of Transformers models: one serves all layers, from outside them.
 transformers_ropes: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Modules that were given a clone. One that has none any more must not be taken for one that never
+# rotates: its queries and keys would not be rotated at all.
+deferring: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Refused(RuntimeError):
@@ -56,17 +59,17 @@ def _on_attach(parent: nn.Module, name: str, child: nn.Module | None) -> nn.Modu
         child.impl.site = Site(weakref.ref(child), weakref.ref(parent))
         for other, module in parent._modules.items():
             if compat.is_rotary(module) and not isinstance(module, Deferred):
-                parent._modules[other] = _defer(module)
+                parent._modules[other] = _defer(parent, module)
         return None
     if compat.is_rotary(child):
         owned = any(compat.is_ours(module) for module in parent._modules.values())
-        return _defer(child) if owned else None
+        return _defer(parent, child) if owned else None
     if isinstance(getattr(child, "inv_freq", None), Tensor):
         transformers_ropes.add(child)
     return None
 
 
-def _defer(stock: nn.Module) -> nn.Module:
+def _defer(parent: nn.Module, stock: nn.Module) -> nn.Module:
     """A shallow clone that rotates nothing.
 
     It shares parameters and buffers, so names of weights stay; other modules that share the
@@ -75,6 +78,7 @@ def _defer(stock: nn.Module) -> nn.Module:
     clone = copy.copy(stock)
     clone.__class__ = _deferred_class(type(stock))
     vars(clone)["stock"] = stock  # past nn.Module.__setattr__, which would make it a child
+    deferring.add(parent)
     return clone
 
 
