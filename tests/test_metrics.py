@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -110,6 +111,44 @@ def test_the_servers_directory_goes_with_it():
     command = [sys.executable, "-c", code.format(metrics.DIRECTORY)]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert path and not os.path.exists(path)
+
+
+def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path, monkeypatch):
+    code = "import os; from vllm_reattention import metrics as m; m.export(); "
+    code += f"print(os.environ['{metrics.DIRECTORY}'], flush=True); input()"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    environment.pop(metrics.DIRECTORY, None)
+
+    def start() -> tuple[subprocess.Popen, Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return process, Path(process.stdout.readline().strip())
+
+    somebody_elses = tmp_path / "reattention-of-mine"
+    somebody_elses.mkdir()
+    (killed, its), (alive, stays) = start(), start()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / metrics.OWNER).touch()
+    (tmp_path / "reattention-link").symlink_to(elsewhere)
+    killed.kill()
+    killed.wait()
+    (its / f"x{metrics.SUFFIX}").touch()
+    assert its.parent == tmp_path
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.tempfile, "tempdir", str(tmp_path))
+        patch.setattr(metrics.os, "getuid", lambda: -1)
+        metrics._remove_what_others_left()
+    assert its.exists()  # a server of another user
+    third, new = start()
+    assert not its.exists()
+    assert stays.exists() and new.exists() and somebody_elses.exists()
+    assert (elsewhere / metrics.OWNER).exists()
+    for process in (alive, third):
+        process.communicate("\n")
+    assert not stays.exists() and not new.exists()
 
 
 def test_without_a_server_it_counts_for_itself(folder, monkeypatch):

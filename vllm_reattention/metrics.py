@@ -6,6 +6,7 @@ when it is asked: no message, no lock, nothing waits for a GPU.
 """
 
 import atexit
+import fcntl
 import functools
 import logging
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 DIRECTORY = "REATTENTION_METRICS_DIR"  # made by us: not a setting
 EDGES = 2 ** np.arange(7, 23)  # of the histogram, in tokens: 128 to 4M
+PREFIX, OWNER = "reattention-", "owner"
 LOG_SECONDS = 60
 SUFFIX = ".counts"
 RECORD = np.dtype(
@@ -142,12 +145,39 @@ class Collector:
         yield context
 
 
+def _make_directory() -> str:
+    """Gone with this process; if that is killed, with the next server's start.
+
+    A file in it stays locked as long as the process lives, or one that it forked.
+    """
+    path = Path(tempfile.mkdtemp(prefix=PREFIX))
+    lock = (path / "new").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(lock.name, path / OWNER)  # nobody sees it without its lock
+
+    def remove() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        lock.close()
+
+    atexit.register(remove)
+    return str(path)
+
+
+def _remove_what_others_left() -> None:
+    for path in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
+        with suppress(OSError):  # its owner lives, or somebody else was faster
+            if path.lstat().st_uid == os.getuid():
+                with (path / OWNER).open("r+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)  # which refuses links
+
+
 @functools.cache
 def export() -> None:
     """In the server's process, before workers start: theirs is the directory of their parent."""
     if DIRECTORY not in os.environ:
-        os.environ[DIRECTORY] = tempfile.mkdtemp(prefix="reattention-")
-        atexit.register(shutil.rmtree, os.environ[DIRECTORY], ignore_errors=True)
+        _remove_what_others_left()
+        os.environ[DIRECTORY] = _make_directory()
     collector = Collector()
     REGISTRY.register(collector)
     merged = MultiProcessCollector.collect
