@@ -144,6 +144,7 @@ def answers(
     counters = {
         name: [now - then for now, then in zip(values, before[name], strict=True)]
         for name, values in after.items()
+        if name in before
     }
     del llm
     gc.collect()
@@ -176,6 +177,40 @@ def answers_scheduled_ahead(*args, **options) -> tuple[list[list[Answer]], int]:
     ):
         found, _ = answers(*args, **options)
     return found, len(steps)
+
+
+def answers_with_host_memory(*args, **options):
+    """With vLLM's OffloadingConnector, whose last step, the copying, it has for GPUs alone."""
+    from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+    from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+
+    class Copies(OffloadingWorker):
+        def __init__(self, spec, caches):
+            self.pages = [cache.tensor for cache in caches.tensors]
+            self.host = [page.new_zeros(spec.num_chunks, page.shape[1]) for page in self.pages]
+            self.done = []
+
+        def _copy(self, job_id, sources, source, targets, target) -> bool:
+            for some, others in zip(sources, targets, strict=True):
+                others[target.block_ids] = some[source.block_ids]
+            self.done.append(TransferResult(job_id, True))
+            return True
+
+        def submit_store(self, job_id, source, target):
+            return self._copy(job_id, self.pages, source, self.host, target)
+
+        def submit_load(self, job_id, source, target):
+            return self._copy(job_id, self.host, source, self.pages, target)
+
+        def get_finished(self):
+            done, self.done = self.done, []
+            return done
+
+        def wait(self, job_ids):
+            """All is done already."""
+
+    with mock.patch.object(CPUOffloadingSpec, "get_worker", lambda *given: Copies(*given)):
+        return answers(*args, **options)
 
 
 def answers_around_sleep(

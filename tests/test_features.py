@@ -138,6 +138,26 @@ def test_a_connector_brings_pages_with_their_summaries(alone, llama, engine, tmp
     assert counts == [192, 1100 - 192 + 23, 0, left + 23]
 
 
+def test_pages_come_back_from_host_memory(alone, llama, engine):
+    """What others have overwritten is not computed again. The copying itself is a stand-in's."""
+    transfer = dict(
+        kv_connector="OffloadingConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config=dict(cpu_bytes_to_use=64 << 20),
+    )
+    room = dict(num_gpu_blocks_override=37, max_model_len=1152, enable_prefix_caching=True)
+    batches = [[Ask(prompt, 24)] for prompt in (FIRST, SECOND, THIRD, FIRST)]
+    found, counters = engine(
+        engines.answers_with_host_memory, llama, batches, kv_transfer_config=transfer,
+        **WHOLE | room,
+    )  # fmt: skip
+    tokens = [answer.tokens[0] for (answer,) in found]
+    assert tokens == [*alone, alone[0]]
+    assert counters["external_prefix_cache_hits"][0] >= 1000
+    computed = counters["reattention_rows_dense"][0] + counters["reattention_rows_selected"][0]
+    assert computed == 1100 + 700 + 330 + 1100 % 32 + 4 * 23
+
+
 def test_answers_can_be_constrained_and_searched_for(engine):
     """Constrained beyond the trained window; searched for within the dense limit, as every step of
     a beam is a new prompt, whose tiles are not those of single tokens.
