@@ -186,6 +186,19 @@ def test_two_processes_share_the_heads(alone, llama, engine):
     assert counters["reattention_rows_selected"] == [rows - 384, rows - 384]
 
 
+def test_two_processes_share_the_layers(alone, llama, engine):
+    """Each has one of the two layers, and counts for itself."""
+    batches = [[Ask(FIRST, 24), Ask(THIRD, 24)]]
+    options = WHOLE | dict(distributed_executor_backend="mp", pipeline_parallel_size=2)
+    (found,), counters = engine(
+        engines.answers, llama, batches, worker_cls="tests.pipeline.Stage", **options
+    )
+    assert [answer.tokens[0] for answer in found] == [alone[0], alone[2]]
+    rows = 1100 + 330 + 2 * 23
+    assert counters["reattention_rows_dense"] == [384, 384]
+    assert counters["reattention_rows_selected"] == [rows - 384, rows - 384]
+
+
 def test_steps_may_be_scheduled_ahead(alone, llama, engine):
     """A request joins and one ends while the next step is on its way."""
     batch = [Ask(FIRST, 24), Ask(SECOND, 5), Ask(THIRD, 24)]
