@@ -186,14 +186,19 @@ def test_two_processes_share_the_heads(alone, llama, engine):
     assert counters["reattention_rows_selected"] == [rows - 384, rows - 384]
 
 
-def test_two_processes_share_the_layers(alone, llama, engine):
-    """Each has one of the two layers, and counts for itself."""
+def test_two_processes_share_the_layers(llama, engine):
+    """Each has one of the two layers, and counts for itself. A stage's first layer selects, so
+    every layer has to for the same tokens.
+    """
     batches = [[Ask(FIRST, 24), Ask(THIRD, 24)]]
-    options = WHOLE | dict(distributed_executor_backend="mp", pipeline_parallel_size=2)
-    (found,), counters = engine(
-        engines.answers, llama, batches, worker_cls="tests.pipeline.Stage", **options
+    numbers = WHOLE["additional_config"]["reattention"] | dict(select_every=1)
+    options = WHOLE | dict(additional_config={"reattention": numbers})
+    expected, _ = engine(engines.answers, llama, batches, **options)
+    stages = dict(distributed_executor_backend="mp", pipeline_parallel_size=2)
+    found, counters = engine(
+        engines.answers, llama, batches, worker_cls="tests.pipeline.Stage", **options | stages
     )
-    assert [answer.tokens[0] for answer in found] == [alone[0], alone[2]]
+    assert found == expected
     rows = 1100 + 330 + 2 * 23
     assert counters["reattention_rows_dense"] == [384, 384]
     assert counters["reattention_rows_selected"] == [rows - 384, rows - 384]

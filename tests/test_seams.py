@@ -9,6 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -52,11 +53,14 @@ class Sources:
             if name in _defined(node):
                 return module, node
             if isinstance(node, ast.ImportFrom):
+                origin = self.package(module, node.level) if node.level else ""
+                origin = ".".join(filter(None, (origin, node.module)))
                 for alias in node.names:
                     if name == (alias.asname or alias.name):
-                        origin = self.package(module, node.level) if node.level else ""
-                        origin = ".".join(filter(None, (origin, node.module)))
                         return self.find(origin, alias.name)
+                    if alias.name == "*" and origin.startswith("vllm"):
+                        with suppress(AssertionError):
+                            return self.find(origin, name)
         if self.folder.joinpath(*module.split("."), f"{name}.py").is_file():
             return f"{module}.{name}", self.tree(f"{module}.{name}")
         raise AssertionError(f"vLLM's {module} has no {name}")
