@@ -26,13 +26,18 @@ TOLD = 5  # answers that are wrong, of each length
 ROOM = 64  # tokens that max_model_len has for a prompt's answer
 
 
+def depths(options: argparse.Namespace) -> list[float]:
+    """The middles of equal parts."""
+    return [(step + 0.5) / options.depths for step in range(options.depths)]
+
+
 def make_prompts(options: argparse.Namespace, context_len: int) -> list[Prompt]:
-    """Samples of one length: tasks x depths (the middles of equal parts) x keys."""
+    """Samples of one length: tasks x depths x keys."""
     make = Prompts(options.model).make
     return [
-        make(task, context_len, (step + 0.5) / options.depths, f"{options.seed} {key}")
+        make(task, context_len, depth, f"{options.seed} {key}")
         for task in options.tasks
-        for step in range(options.depths)
+        for depth in depths(options)
         for key in range(options.keys)
     ]
 
@@ -53,10 +58,10 @@ def tell(shared: dict, found: list[dict], seconds: float, missed: list[str]) -> 
     for task in dict.fromkeys(row["task"] for row in found):
         cells = [row for row in found if row["task"] == task]
         hits, samples = (sum(row[name] for row in cells) for name in ("hits", "samples"))
-        depths = " ".join(f"{row['depth']:.2f}:{row['hits']}" for row in cells)
+        told = " ".join(f"{row['depth']:.2f}:{row['hits']}" for row in cells)
         print(
             f"{shared['model']} {shared['provider']} {task} {shared['context_len']}: "
-            f"{hits}/{samples} ({depths}), {seconds:.1f} s",
+            f"{hits}/{samples} ({told}), {seconds:.1f} s",
             flush=True,
         )
     for line in missed[:TOLD]:
@@ -131,21 +136,26 @@ def run_logprobs(options: argparse.Namespace, stamp: dict) -> None:
             agreement.record(shared | stamp, compared)
 
 
-def draw(model: str) -> None:
-    """A heat map for each task and provider, by scope; what was measured last counts."""
+def draw(options: argparse.Namespace) -> None:
+    """A heat map for each task and provider, of settings and depths asked for; last rows count."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    newest = {}
+    model, newest = Path(options.model).name, {}
+    settings = {
+        name: engines.Provider(name, options.model, 0, options.settings).numbers()
+        for name in engines.PROVIDERS
+    }
     for row in harness.read(TABLE):
-        if row["model"] == model and "/" not in row["provider"]:
+        asked = settings.get(row["provider"])  # none for a variant of an engine
+        if row["model"] != model or asked is None or float(row["depth"]) not in depths(options):
+            continue
+        if all(row[name] == str(number) for name, number in asked.items()):
             place = int(row["context_len"]), float(row["depth"])
             share = int(row["hits"]) / int(row["samples"])
-            sizes = [int(row[name] or 0) for name in ("global_size", "local_size", "recall_size")]
-            provider = row["provider"] + (f", scope {sum(sizes)}" if sum(sizes) else "")
-            newest.setdefault((row["task"], provider), {})[place] = share
+            newest.setdefault((row["task"], row["provider"]), {})[place] = share
     tasks = [task for task in TASKS if any(task == key[0] for key in newest)]
     providers = sorted({provider for _, provider in newest})
     size = 4.2 * len(providers), 2.8 * len(tasks)
@@ -157,15 +167,15 @@ def draw(model: str) -> None:
                 axis.axis("off")
                 continue
             axis.set_title(f"{task}, {provider}", fontsize=10)
-            lengths, depths = (sorted(set(values)) for values in zip(*cells, strict=True))
-            image = [[cells.get((n, depth), float("nan")) for n in lengths] for depth in depths]
+            lengths, rows_at = (sorted(set(values)) for values in zip(*cells, strict=True))
+            image = [[cells.get((n, depth), float("nan")) for n in lengths] for depth in rows_at]
             axis.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             for y, values in enumerate(image):
                 for x, share in enumerate(values):
                     if share == share:
                         axis.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=7)
             axis.set_xticks(range(len(lengths)), [short(n) for n in lengths], fontsize=8)
-            axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+            axis.set_yticks(range(len(rows_at)), [f"{depth:.0%}" for depth in rows_at], fontsize=8)
             axis.set(xlabel="context (tokens)", ylabel="depth")
     figure.suptitle(f"{model}: share of answers found")
     figure.tight_layout()
@@ -205,7 +215,7 @@ def main() -> None:
     elif options.lengths:
         engines.each_provider(run_grid, options, ROOM, options, harness.stamp())
     if options.plot:
-        draw(Path(options.model).name)
+        draw(options)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class ReAttentionConfig:
             raise ValueError(
                 f"global_size + recall_size + local_size must fit in the trained window of "
                 f"{trained_window} tokens, got {first} + {recall} + {local} = {total}; "
-                f"make recall_size or local_size smaller"
+                f"make recall_size, local_size or global_size smaller"
             )
         if not total <= dense <= trained_window:
             raise ValueError(
