@@ -17,6 +17,11 @@ exact       shares from every key
 mean        refined, by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row of the tile instead of their sum
 newest      exact, by the tile's last query alone
+votes       each query of each head votes for its 4 best tokens; a layer's heads recall the same
+            (as the method's authors released it, but with every head on its own keys)
+quest       the highest bound on a logit that the block's smallest and largest keys allow, of any
+            row of the tile (arXiv 2406.10774)
+centroid    the highest logit of the mean of a block's keys, of any row of the tile
 spread      refined, with half of a block's share given to each of its neighbours too
 oracle      refined, with the needle's blocks in the place of the last recalled
 """
@@ -38,7 +43,8 @@ from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.tiles import prefill_tiles
 
-EXACT = ("exact", "max", "newest")
+EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
+VOTES = 4  # of each query and head
 RULES = ("served", "refined", "wide", "normalised", *EXACT, "mean", "spread", "oracle")
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
@@ -224,8 +230,15 @@ class Study:
             row = (tiles.row[part, None] + offset).clamp(max=query.shape[0] - 1).long()
             q = query[row].unflatten(2, (heads, group))  # [tiles, length, heads, group, size]
             q = q.permute(2, 0, 1, 3, 4).flatten(1, 3)
-            logits = (q @ keys).float().mul_(scale).unflatten(1, (len(last), -1))
             can = torch.arange(blocks, device=query.device) < local[:, None]
+            if self.rule in ("votes", "quest", "centroid"):
+                can[:, : scope.global_blocks] = False
+                seats = counts.repeat_interleave(group, 1)[None, :, :, None]
+                rows = q.unflatten(1, (len(last), -1))
+                found = getattr(self, "_" + self.rule)(rows, key, can, seats)
+                score[part] = torch.where(can[:, None], found.transpose(0, 1), -1.0)
+                continue
+            logits = (q @ keys).float().mul_(scale).unflatten(1, (len(last), -1))
             mass = logits.unflatten(-1, (blocks, BLOCK_SIZE)).logsumexp(-1)
             mass.masked_fill_(~can[None, :, None], float("-inf"))
             total = mass.logsumexp(-1, keepdim=True)
@@ -236,6 +249,33 @@ class Study:
             score[part] = torch.where(can[:, None], share.transpose(0, 1), -1.0)
             totals[part] = total[..., 0].transpose(0, 1).clamp(min=-1e30)
         return score, totals
+
+    def _votes(self, query: Tensor, key: Tensor, can: Tensor, counts: Tensor) -> Tensor:
+        """[num_kv_heads, num_tiles, blocks]; query [num_kv_heads, num_tiles, rows, head_size], can
+        [num_tiles, blocks], counts [1, num_tiles, rows, 1]; so the next two."""
+        logits = torch.einsum("htrd,khd->htrk", query, key).float()
+        logits.masked_fill_(~can.repeat_interleave(BLOCK_SIZE, 1)[None, :, None], float("-inf"))
+        block = logits.topk(VOTES, -1).indices // BLOCK_SIZE
+        votes = torch.zeros((*logits.shape[:2], can.shape[1]), device=query.device)
+        votes.scatter_add_(-1, block.flatten(2), counts.expand(block.shape).flatten(2).float())
+        return votes.sum(0, keepdim=True).expand_as(votes)
+
+    def _quest(self, query: Tensor, key: Tensor, can: Tensor, counts: Tensor) -> Tensor:
+        least, most = key.unflatten(0, (-1, BLOCK_SIZE)).aminmax(dim=1)
+        bound = torch.einsum("htrd,bhd->htrb", query.clamp(min=0), most)
+        bound += torch.einsum("htrd,bhd->htrb", query.clamp(max=0), least)
+        return _above_zero(bound.float().masked_fill(~counts, float("-inf")).amax(2), can)
+
+    def _centroid(self, query: Tensor, key: Tensor, can: Tensor, counts: Tensor) -> Tensor:
+        mean = key.unflatten(0, (-1, BLOCK_SIZE)).mean(1)
+        logits = torch.einsum("htrd,bhd->htrb", query, mean).float()
+        return _above_zero(logits.masked_fill(~counts, float("-inf")).amax(2), can)
+
+
+def _above_zero(score: Tensor, can: Tensor) -> Tensor:
+    """Of the same order where they count: recall_blocks takes scores from 0 on."""
+    score = score.masked_fill(~can, float("inf"))
+    return (score - score.amin(-1, keepdim=True)).nan_to_num_(0, 0, 0)
 
 
 def needle_place(prompts: Prompts, prompt: Prompt) -> range:
