@@ -7,7 +7,7 @@ BIN := .venv/bin
 test: $(BIN)/pytest
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 test-gpu: $(BIN)/pytest
 	$(BIN)/python -m pytest -m gpu $$($(BIN)/python -c "import xdist; print('-n 8')" 2>/dev/null)
