@@ -175,7 +175,7 @@ def recall_blocks(
     """
     n = score.shape[-1]
     if per_layer:
-        score = score.sum(1, keepdim=True)
+        score = sum(score.unbind(1)).unsqueeze(1)  # in the order of the heads
     if extent is not None:
         columns = torch.arange(n, device=score.device)
         score = score.masked_fill(columns >= extent[:, None, None], -1.0)

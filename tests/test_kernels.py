@@ -1,5 +1,7 @@
 """Each kernel against its reference: on a GPU where there is one, else in Triton's interpreter."""
 
+import dataclasses
+import random
 import types
 
 import pytest
@@ -157,6 +159,55 @@ def test_fp8_cache(case):
     actual = inputs.attend(kernels.attend, recalled)
     eager = inputs.attend(reference.attend, recalled)
     assert_as_accurate(actual, eager, inputs.exact().attend(reference.attend, recalled))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="too many for the interpreter")
+@every
+def test_random_batches(case):
+    """A thousand in all, each stage in float16 on what the one before it gave, against float64."""
+    for seed in range(-(-1000 // len(DECODE + PREFILL))):
+        run_stages(random_batch(case, seed))
+
+
+def random_batch(case: Case, seed: int) -> Case:
+    """Other requests: as many as five, of up to 40 blocks, and queries in up to four of them."""
+    rng = random.Random(f"{case} {seed}")
+    size = case.block_size
+    contexts = tuple(rng.randint(1, 40 * size) for _ in range(rng.randint(1, 5)))
+    queries = None
+    if case.queries is not None:
+        queries = tuple(rng.randint(1, min(context, 3 * size)) for context in contexts)
+    return dataclasses.replace(case, contexts=contexts, queries=queries, seed=seed)
+
+
+def run_stages(case: Case) -> None:
+    inputs, scope = case.build(torch.float16, DEVICE), case.scope
+    inputs.write(kernels.write_kv)
+    args, exact_args = inputs.score_args(), inputs.exact().score_args()
+    recalled = inputs.recalled()
+    if not scope.window:
+        score, extent, mass = kernels.score_blocks(*args)
+        seen = torch.arange(score.shape[-1], device=DEVICE) < extent[:, None, None]
+        exact, exact_extent, _ = reference.score_blocks(*exact_args)
+        assert torch.equal(extent, exact_extent)
+        close(torch.where(seen, score, -1.0), exact, rtol=0.04, atol=0.02)
+
+        given = (score, scope.candidate_blocks, extent, None, scope.per_layer)
+        candidates = kernels.recall_blocks(*given)
+        assert torch.equal(candidates, reference.recall_blocks(*given))
+        rest = (candidates, mass, inputs.rotary, inputs.scale, case.soft_cap)
+        refined = kernels.refine_scores(*args[:4], *rest)
+        close(refined, reference.refine_scores(*exact_args[:4], *rest), rtol=0.02, atol=0.02)
+
+        given = (refined, scope.recall_blocks, None, candidates, scope.per_layer)
+        recalled = kernels.recall_blocks(*given)
+        assert torch.equal(recalled, reference.recall_blocks(*given))
+    actual, eager = (inputs.attend(stage.attend, recalled) for stage in (kernels, reference))
+    assert_as_accurate(actual, eager, inputs.exact().attend(reference.attend, recalled))
+
+
+def close(actual: torch.Tensor, exact: torch.Tensor, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(actual.double(), exact.double(), rtol=rtol, atol=atol)
 
 
 ROWS = {
