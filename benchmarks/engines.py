@@ -37,13 +37,14 @@ class Provider(NamedTuple):
         if self.name not in ("reattention", "streaming"):
             return {}
         config = ReAttentionConfig(**self.settings)
-        scope = config.resolve(self.trained().max_position_embeddings, BLOCK_SIZE)
+        trained = self.trained()
+        scope = config.resolve(trained.max_position_embeddings, BLOCK_SIZE)
         recall, local = scope.recall_blocks, scope.local_blocks
         if self.name == "streaming":
             recall, local = 0, recall + local
         blocks = scope.global_blocks, local, recall, scope.dense_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
-        scored = config.scorer, config.layers_per_selection
+        scored = config.scorer, config.layers_per_selection(trained.num_hidden_layers)
         return dict(zip(SETTINGS, (*sizes, *scored), strict=True))
 
     def arguments(self) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Study:
         self.rule, self.needle = rule, needle
         config = ReAttentionConfig(**settings)
         self.scope = config.resolve(self.window, BLOCK_SIZE)
-        self.select_every = config.layers_per_selection if rule == "served" else 1
+        every = config.layers_per_selection(self.model.config.num_hidden_layers)
+        self.select_every = every if rule == "served" else 1
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
         self.layers, self.seen, self.recalled, self.length = {}, {}, {}, 0

@@ -7,6 +7,7 @@ import sys
 import tarfile
 from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
@@ -189,6 +190,40 @@ def test_defaults_fit_any_window(window, block_size):
     scope = ReAttentionConfig().resolve(window, block_size)
     total = scope.global_blocks + scope.recall_blocks + scope.local_blocks
     assert total == scope.dense_blocks and total * block_size <= window
+
+
+def test_a_fourth_of_the_layers_selects_but_seven_at_least():
+    default, alone = ReAttentionConfig(), ReAttentionConfig(scorer="refined")
+    told = {2: 1, 4: 1, 13: 1, 14: 2, 24: 3, 28: 4, 32: 4, 80: 4}
+    assert {n: default.layers_per_selection(n) for n in told} == told
+    assert {alone.layers_per_selection(n) for n in told} == {1}
+    assert ReAttentionConfig(select_every=2).layers_per_selection(4) == 2
+
+
+@pytest.mark.parametrize(
+    "windows, first, selecting",
+    [
+        ([0] * 9, 0, [0, 4, 8]),
+        ([0] * 6, 8, [8, 12]),  # the second stage of a pipeline
+        ([0] * 6, 10, [10, 12]),  # one that cuts a group
+        ([99, 0] * 6, 0, [1, 5, 9]),
+        ([99, 99, 99, 99, 99, 0] * 3, 0, [5, 11, 17]),  # too far apart to share
+    ],
+)
+def test_layers_without_a_window_share_selections(windows, first, selecting):
+    pytest.importorskip("vllm")
+    from vllm_reattention.metadata import _share_selections
+
+    impls = {
+        f"model.layers.{index}.self_attn.attn": SimpleNamespace(window=window, selects=True)
+        for index, window in enumerate(windows, first)
+    }
+    _share_selections(impls, 4)
+    assert selecting == [
+        first + place
+        for place, impl in enumerate(impls.values())
+        if impl.selects and not impl.window
+    ]
 
 
 def test_recalling_nothing():

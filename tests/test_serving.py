@@ -107,7 +107,7 @@ def test_scopes_differ_in_what_they_say(folder, engine):
         SIZES,
         SIZES | dict(scorer="summary"),
         SIZES | dict(scorer="refined"),
-        SIZES | dict(select_every=1),
+        SIZES | dict(select_every=2),
         SIZES | dict(recall_size=0),
         SIZES | dict(recall_size=0, local_size=160),
     ]

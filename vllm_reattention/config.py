@@ -11,6 +11,7 @@ MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
 CANDIDATES_PER_RECALLED = 2
 SELECT_EVERY = 4
+SELECTIONS = 7  # of a model at least, if it has so many layers
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ReAttentionConfig:
                   refined: the same, but each KV head recalls for itself
                   summary: each KV head ranks blocks by their summaries alone
     select_every  every how many layers selects; those behind it recall the same blocks. For the
-                  scorer "layer" alone; default 4
+                  scorer "layer" alone; default 4, fewer in models with fewer than 28 layers
 
     The default scope is a quarter of the trained window, but at least 2048 tokens (or the window)
     and at most 8192: how much a model makes of recalled text falls before its window ends
@@ -74,9 +75,11 @@ class ReAttentionConfig:
                 )
         return cls(**numbers)
 
-    @property
-    def layers_per_selection(self) -> int:
-        return self.select_every or (SELECT_EVERY if self.scorer == "layer" else 1)
+    def layers_per_selection(self, num_layers: int) -> int:
+        """For a model of so many layers: what its first ones select is of no use to its last."""
+        if self.scorer != "layer":
+            return 1
+        return self.select_every or max(1, min(SELECT_EVERY, num_layers // SELECTIONS))
 
     def resolve(self, trained_window: int, block_size: int) -> Scope:
         """The scope in blocks for a model trained on `trained_window` tokens."""

@@ -1,7 +1,7 @@
 """vLLM's metadata, once per step, as tiles."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,8 +56,9 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         trained_window = compat.trained_window(vllm_config.model_config)
         self.scope = config.resolve(trained_window, self.block_size)
         _refuse_mixture(vllm_config, trained_window)
+        every = config.layers_per_selection(vllm_config.model_config.get_total_num_hidden_layers())
         if not isinstance(kv_cache_spec, SlidingWindowSpec):
-            self._introduce(config, trained_window)
+            self._introduce(config, trained_window, every)
         scheduler = vllm_config.scheduler_config
         rows = max(
             scheduler.max_num_batched_tokens,
@@ -68,9 +69,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         self.has_flash_attention = all(
             layers[name].impl.flash_attention is not None for name in layer_names
         )
-        impls = [layers[name].impl for name in layer_names]
-        for index, impl in enumerate(impl for impl in impls if not impl.window):
-            impl.selects = index % config.layers_per_selection == 0
+        _share_selections({name: layers[name].impl for name in layer_names}, every)
         self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
         self.counts = None
         if _first_selecting(layers) in layer_names:  # every group of layers would count alike
@@ -80,7 +79,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 vllm_config.parallel_config.rank,
             )
 
-    def _introduce(self, config: ReAttentionConfig, trained_window: int) -> None:
+    def _introduce(self, config: ReAttentionConfig, trained_window: int, every: int) -> None:
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
@@ -94,7 +93,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             trained_window,
             scope.dense_blocks * size,
             config.scorer,
-            config.layers_per_selection,
+            every,
             100 * (1 - content / spec.state_content_size_bytes),
         )
 
@@ -175,6 +174,19 @@ def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray
     if step.is_prefilling is not None:  # a dummy, whose context is empty, is no prompt
         num_tokens[(seq_lens == num_tokens) & ~step.is_prefilling[:count].numpy()] = 0
     return seq_lens, num_tokens
+
+
+def _share_selections(impls: dict[str, Any], every: int) -> None:
+    """Of layers 0 to every - 1 the first without a sliding window selects, and so on.
+
+    A layer's number is in its name; so pipelines whose stages are whole groups select alike.
+    """
+    last = None
+    for index, (name, impl) in enumerate(impls.items()):
+        if not impl.window:
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            group = (numbers[0] if numbers else index) // every
+            impl.selects, last = group != last, group
 
 
 def _first_selecting(layers: dict[str, nn.Module]) -> str | None:
