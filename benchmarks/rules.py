@@ -9,24 +9,26 @@ coverage is the share of the needle's blocks in the scope while the answer is wr
 and KV head counts by the attention that it pays the needle when the same task stands in a quarter
 of the trained window and nothing is left out. So the heads that do the finding count.
 
-served      what the settings say
-refined     summaries, then the keys of the best candidates, by each KV head and layer for itself
-wide        the same with 16 candidates a recalled block
-normalised  the same with the softmax's denominators from every key
+served      what the settings say: so each rule below but for what it says
+last        by the last 8 queries of a tile alone
+wide        with 16 candidates a recalled block
+normalised  with the softmax's denominators from every key
 exact       shares from every key
-mean        refined, by the logits' mean over all distances in the scope, not without positions
+mean        by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row of the tile instead of their sum
 newest      exact, by the tile's last query alone
-votes       each query of each head votes for its 4 best tokens; a layer's heads recall the same
-            (as the method's authors released it, but with every head on its own keys)
+votes       each query of each head votes for its 4 best tokens (as the method's authors released
+            it, but with every head on its own keys and no tokens beside the best)
 quest       the highest bound on a logit that the block's smallest and largest keys allow, of any
             row of the tile (arXiv 2406.10774)
-centroid    the highest logit of the mean of a block's keys, of any row of the tile
-spread      refined, with half of a block's share given to each of its neighbours too
-oracle      refined, with the needle's blocks in the place of the last recalled
+centroid    the highest logit of the mean of a block's keys, of any row of the tile; for this and
+            quest take the scorer "refined", as logits of several heads do not add up
+spread      with half of a block's share given to each of its neighbours too
+oracle      with the needle's blocks in the place of the last recalled
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -44,8 +46,9 @@ from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.tiles import prefill_tiles
 
 EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
+LAST = 8
 VOTES = 4  # of each query and head
-RULES = ("served", "refined", "wide", "normalised", *EXACT, "mean", "spread", "oracle")
+RULES = ("served", "last", "wide", "normalised", *EXACT, "mean", "spread", "oracle")
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
@@ -89,8 +92,7 @@ class Study:
         self.rule, self.needle = rule, needle
         config = ReAttentionConfig(**settings)
         self.scope = config.resolve(self.window, BLOCK_SIZE)
-        every = config.layers_per_selection(self.model.config.num_hidden_layers)
-        self.select_every = every if rule == "served" else 1
+        self.select_every = config.layers_per_selection(self.model.config.num_hidden_layers)
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
         self.layers, self.seen, self.recalled, self.length = {}, {}, {}, 0
@@ -167,14 +169,14 @@ class Study:
         common = (layer.pages, self.table, tiles)
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)[0]
-            return stage.recall_blocks(score, scope.recall_blocks)
+            return stage.recall_blocks(score, scope.recall_blocks, per_layer=scope.per_layer)
         if self.rule == "mean":
             size = (scope.global_blocks + scope.recall_blocks + scope.local_blocks) * BLOCK_SIZE
             mean = Rotary(rotary.cos_sin[:size].mean(0, keepdim=True))
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), mean)
-        if self.rule != "served":
-            scope = scope._replace(per_layer=False)
-        if self.rule in ("served", "refined", "mean", "oracle"):
+        if self.rule == "last":
+            common = (layer.pages, self.table, last_queries(tiles))
+        if self.rule in ("served", "last", "mean", "oracle"):
             recalled = attention.select(query, *common, scope, rotary, scale)
             return self._with_needle(recalled, tiles) if self.rule == "oracle" else recalled
         score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
@@ -184,13 +186,15 @@ class Study:
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
         score = self._spread(torch.where(can, score, 0), can)
         count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
-        candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent)
+        recall = functools.partial(stage.recall_blocks, per_layer=scope.per_layer)
+        candidates = recall(score, min(count, score.shape[-1]), extent)
         refined = stage.refine_scores(query, *common, candidates, mass, rotary, scale)
-        named = candidates.clamp(min=0).long()
+        of_each = candidates.expand(-1, self.kv_heads, -1)
+        named = of_each.clamp(min=0).long()
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
         score = self._spread(score, can).gather(-1, named)
-        score = torch.where(candidates >= 0, score, -1.0)
-        return stage.recall_blocks(score, scope.recall_blocks, blocks=candidates)
+        score = torch.where(of_each >= 0, score, -1.0)
+        return recall(score, scope.recall_blocks, blocks=candidates)
 
     def _spread(self, score: Tensor, can: Tensor) -> Tensor:
         """Scores of the blocks that can be recalled, with their neighbours' if the rule says so."""
@@ -258,8 +262,9 @@ class Study:
         logits.masked_fill_(~can.repeat_interleave(BLOCK_SIZE, 1)[None, :, None], float("-inf"))
         block = logits.topk(VOTES, -1).indices // BLOCK_SIZE
         votes = torch.zeros((*logits.shape[:2], can.shape[1]), device=query.device)
-        votes.scatter_add_(-1, block.flatten(2), counts.expand(block.shape).flatten(2).float())
-        return votes.sum(0, keepdim=True).expand_as(votes)
+        return votes.scatter_add_(
+            -1, block.flatten(2), counts.expand(block.shape).flatten(2).float()
+        )
 
     def _quest(self, query: Tensor, key: Tensor, can: Tensor, counts: Tensor) -> Tensor:
         least, most = key.unflatten(0, (-1, BLOCK_SIZE)).aminmax(dim=1)
@@ -271,6 +276,13 @@ class Study:
         mean = key.unflatten(0, (-1, BLOCK_SIZE)).mean(1)
         logits = torch.einsum("htrd,bhd->htrb", query, mean).float()
         return _above_zero(logits.masked_fill(~counts, float("-inf")).amax(2), can)
+
+
+def last_queries(tiles: Tiles) -> Tiles:
+    """Tiles of which the last LAST queries are left."""
+    skipped = (tiles.length - LAST).clamp(min=0)
+    left = (tiles.row + skipped, tiles.length - skipped, tiles.position + skipped)
+    return Tiles(tiles.request, *left, min(LAST, tiles.max_length))
 
 
 def _above_zero(score: Tensor, can: Tensor) -> Tensor:
