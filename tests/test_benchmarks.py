@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from benchmarks import (
@@ -22,6 +23,7 @@ from benchmarks import (
     needle_text,
     ruler,
     ruler_text,
+    rules,
     serving,
 )
 from benchmarks.prompts import NOISE, Prompt, Prompts, is_hit, novel_text
@@ -31,6 +33,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
 )
 LENGTHS = [300, 777, 2000]
+TINY = Path(__file__).parent / "tiny-needle"
 DEPTHS = [0, 0.25, 0.5, 1]
 
 
@@ -399,3 +402,38 @@ def test_the_demos_prompts_have_their_lengths(prompts, model):
     assert [count(tokenizer)(task.prompt) for task in beyond] == [64 * 512] * len(demo.DEPTHS)
     assert all("What is the secret code of" in task.question for task in (within, *beyond))
     assert all(task.prompt.count(task.code) == 1 for task in (within, *beyond))
+
+
+@pytest.fixture(scope="module")
+def study() -> rules.Study:
+    return rules.Study(str(TINY), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "rule, scorer", [*((rule, "layer") for rule in rules.RULES), ("quest", "refined")]
+)
+def test_every_rule_recalls_what_it_may(study, rule, scorer, monkeypatch):
+    """By each tile as many blocks as it may, between global and local, in order, and no other."""
+    recalls = []
+    select = rules.Study._select
+    monkeypatch.setattr(rules, "ANSWER_LEN", 2)
+
+    def kept(*given):
+        recalls.append((given[3], select(*given)))
+        return recalls[-1][1]
+
+    monkeypatch.setattr(rules.Study, "_select", kept)
+    prompts = Prompts(str(TINY))
+    prompt = prompts.make("tiny", 300, 0.3, "0")
+    settings = dict(global_size=32, local_size=64, recall_size=64, dense_limit=160, scorer=scorer)
+    written, seen, _ = study.answer(prompt, rules.needle_place(prompts, prompt), rule, settings)
+    assert len(written) == 2
+    assert rule != "oracle" or seen.min() == 1
+    for tiles, recalled in recalls:
+        block = tiles.position // 32
+        selects = (block >= 5) & (tiles.length > 0)
+        assert recalled.shape[1] == (2 if scorer == "refined" else 1) and recalled.shape[2] == 2
+        chosen = recalled[selects]
+        assert (chosen >= 1).all() and (chosen.diff(dim=-1) > 0).all()
+        assert (chosen <= (block[selects] - 2)[:, None, None]).all()
+    assert any(((tiles.position // 32 >= 5) & (tiles.length > 0)).any() for tiles, _ in recalls)
