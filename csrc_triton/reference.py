@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import SAMPLE_EVERY, Pages, Rotary, Scope, Tiles
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _log_mass(mass: Tensor, tiles: Tiles, scope: Scope) -> Tensor:
     num_global, local = scope.global_blocks, mass.shape[-1]
     if tiles.max_length == 1 or local < scope.sample_from:
         return mass.logsumexp(dim=-1, keepdim=True)
-    sampled = mass[..., num_global :: scope.SAMPLE_EVERY] + math.log(scope.SAMPLE_EVERY)
+    sampled = mass[..., num_global::SAMPLE_EVERY] + math.log(SAMPLE_EVERY)
     return torch.cat((mass[..., :num_global], sampled), -1).logsumexp(dim=-1, keepdim=True)
 
 
@@ -175,7 +175,8 @@ def recall_blocks(
     """
     n = score.shape[-1]
     if per_layer:
-        score = sum(score.unbind(1)).unsqueeze(1)  # in the order of the heads
+        first, *others = score.unbind(1)
+        score = sum(others, first).unsqueeze(1)  # in the order of the heads
     if extent is not None:
         columns = torch.arange(n, device=score.device)
         score = score.masked_fill(columns >= extent[:, None, None], -1.0)

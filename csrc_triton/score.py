@@ -7,13 +7,14 @@ each other) and multiply once in full, blocks by rows, so that a share sums alon
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.layout import Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import SAMPLE_EVERY, Pages, Rotary, Scope, Tiles
 from csrc_triton.primitives import (
     LOG2E,
     early_launch,
@@ -309,7 +310,7 @@ def score_blocks(
     row_parts = math.ceil(max_rows / rows)
     blocks, warps, num_stages, wanted = _tile_sizes(head_size, keeps_mass)
     splits = _splits(num_tiles * num_kv_heads * row_parts, wanted)
-    fp32 = {"dtype": torch.float32, "device": query.device}
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     mass = torch.empty((num_tiles, num_kv_heads, group, max_blocks) if keeps_mass else 1, **fp32)
     partial = torch.empty((num_tiles, num_kv_heads, max_rows, splits), **fp32)
     score = torch.empty((num_tiles, num_kv_heads, max_blocks), **fp32)
@@ -342,7 +343,7 @@ def score_blocks(
     }
     _sum_mass_kernel[(num_tiles * row_parts, num_kv_heads, splits)](
         *tensors, *numbers, splits, *strides, **fixed, BLOCKS=blocks, STAGES=num_stages,
-        SAMPLE_FROM=scope.sample_from, SAMPLE_EVERY=Scope.SAMPLE_EVERY, num_warps=warps,
+        SAMPLE_FROM=scope.sample_from, SAMPLE_EVERY=SAMPLE_EVERY, num_warps=warps,
     )  # fmt: skip
     share_blocks, share_warps, share_stages, wanted = _share_sizes(head_size, keeps_mass)
     share_splits = _splits(num_tiles * num_kv_heads, wanted)

@@ -98,10 +98,7 @@ def reattention(
         if max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window:
             num_kv_heads = pages.key.shape[1]
             run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks)
-            parts = [
-                Tiles(*(column[start : start + run] for column in tiles[:4]), tiles.max_length)
-                for start in range(0, num_tiles, run)
-            ]
+            parts = [tiles.part(start, start + run) for start in range(0, num_tiles, run)]
             given = (scope, rotary, scale, soft_cap, add_up)
             found = [select(query, pages, block_table, part, *given) for part in parts]
             recalled = found[0] if len(found) == 1 else torch.cat(found)

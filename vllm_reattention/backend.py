@@ -4,9 +4,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.config.cache import CacheDType
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -153,8 +154,9 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.flash_attention = compat.flash_attention(head_size, sinks is not None, self.soft_cap)
         self.selects = True  # else it recalls what a layer before it did; set by the builder
         self.site: Site | None = None  # set when the layer is attached to its parent
-        self.rope: Rope | None = None  # from here on set once weights are loaded
-        self.rotary: Rotary | None = None
+        self.rope: Rope | None = None  # set once weights are loaded, and with it the next two
+        self.rotary: Rotary
+        self.summary_dtype: torch.dtype
 
         config = get_current_vllm_config()
         self.config = ReAttentionConfig.read(config.additional_config)
@@ -166,19 +168,21 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Called once weights are final, and again whenever they are reloaded."""
-        if self.rotary is not None:
+        if self.rope is not None:
             return
-        self.rope = prove(self.site, act_dtype)
-        layer = self.site.layer()
+        if self.site is None:
+            raise Refused("an Attention layer must be attached to a module; choose another backend")
+        rope, layer = prove(self.site, act_dtype), self.site.layer()
         if layer.attn_backend is not ReAttentionBackend or layer.head_size_v != self.head_size:
             raise Refused(
                 f"{layer.layer_name} must be a plain Attention layer with values as wide as keys, "
                 f"got {type(layer).__name__} on {layer.attn_backend.__name__}; {ELSEWHERE}"
             )
         self.summary_dtype = act_dtype if act_dtype.itemsize == 2 else torch.bfloat16
-        self.rotary = self._shared_rotary() or self.rope.rotary(
+        self.rotary = self._shared_rotary(rope) or rope.rotary(
             self._num_positions(), layer._k_scale.device
         )
+        self.rope = rope
         # A buffer outlives sleep: level 2 saves buffers and writes them back in place.
         layer.register_buffer("rotary_table", self.rotary.cos_sin, persistent=False)
 
@@ -188,23 +192,23 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         dense = self.config.resolve(self.trained_window, block_size).dense_blocks * block_size
         return max(dense, self.window) + 2 * largest
 
-    def _shared_rotary(self) -> Rotary | None:
+    def _shared_rotary(self, rope: Rope) -> Rotary | None:
         """That of an earlier layer with the same rotary embedding: tables are large."""
         for layer in self.layers.values():
             other = getattr(layer, "impl", None)
             if (
                 isinstance(other, ReAttentionImpl)
-                and other.rotary is not None
+                and other.rope is not None
                 and len(other.rotary.cos_sin) == self._num_positions()
-                and other.rope.interleaved == self.rope.interleaved
-                and other.rope.magnitude == self.rope.magnitude
-                and torch.equal(other.rope.radians, self.rope.radians)
+                and other.rope.interleaved == rope.interleaved
+                and other.rope.magnitude == rope.magnitude
+                and torch.equal(other.rope.radians, rope.radians)
             ):
                 return other.rotary
         return None
 
     def do_kv_cache_update(
-        self, layer: nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+        self, layer: Attention, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if not kv_cache.numel():
             return
@@ -215,7 +219,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
 
     def forward(
         self,
-        layer: nn.Module,
+        layer: Attention,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -259,6 +263,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self, query: Tensor, key: Tensor, value: Tensor, fresh: FreshPrompts, output: Tensor
     ) -> None:
         """Whole prompts within the dense limit need nothing of ours but the rotation."""
+        assert self.flash_attention is not None, "without it the builder finds no fresh prompts"
         rotate_rows = stages(query.device).rotate_rows
         rows, positions, rotary = fresh.rows, fresh.positions, self.rotary
         self.flash_attention(
@@ -277,7 +282,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             out=output[rows],
         )
 
-    def _pages(self, layer: nn.Module, kv_cache: Tensor) -> Pages:
+    def _pages(self, layer: Attention, kv_cache: Tensor) -> Pages:
         scales = layer._k_scale_float, layer._v_scale_float
         return pages_of(kv_cache, self.head_size, self.summary_dtype, scales)
 

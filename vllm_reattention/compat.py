@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from typing import Any, TypeGuard
 
 import torch
 from packaging.specifiers import SpecifierSet
@@ -258,13 +259,13 @@ def memory_share() -> float:
     return EngineArgs.gpu_memory_utilization
 
 
-def is_ours(module: nn.Module | None) -> bool:
+def is_ours(module: nn.Module | None) -> TypeGuard[Any]:
     """Whether this is a vLLM Attention layer on our backend."""
     attention = _loaded("vllm.model_executor.layers.attention", "Attention")
     return isinstance(module, attention) and module.attn_backend.get_name() == NAME
 
 
-def is_rotary(module: nn.Module | None) -> bool:
+def is_rotary(module: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether this is one of vLLM's rotary embeddings: called with positions, query and key."""
     package = "vllm.model_executor.layers.rotary_embedding"
     return isinstance(
@@ -276,12 +277,12 @@ def is_rotary(module: nn.Module | None) -> bool:
     )
 
 
-def _loaded(module: str, name: str) -> type | tuple:
+def _loaded(module: str, name: str) -> type[Any] | tuple[()]:
     """The class, if its module was imported by now: asked of every module of every process."""
     return getattr(sys.modules.get(module), name, ())
 
 
-def rotary_table(rope: nn.Module) -> torch.Tensor:
+def rotary_table(rope: Any) -> torch.Tensor:
     """cos | sin of every position in fp32: the module's own buffer may be 16 bit."""
     with torch.device("cpu"):
         if not hasattr(rope, "long_short_cos_sin_cache"):
@@ -305,7 +306,7 @@ def hidden_size(attention: nn.Module) -> int | None:
     return None
 
 
-def unfuse(attention: nn.Module) -> None:
+def unfuse(attention: Any) -> None:
     """Qwen3-Next on CUDA rotates in a kernel of its own unless told not to."""
     if getattr(attention, "use_fused_qk_norm_rope_gate", False):
         attention.use_fused_qk_norm_rope_gate = False

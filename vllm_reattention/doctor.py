@@ -145,7 +145,8 @@ class Case:
         stages(where).write_kv(self.key, self.value, pages, slots, rotary)
         first = LENGTH - num_queries
         columns = torch.tensor([[0], [0], [num_queries], [first]], dtype=torch.int32, device=where)
-        tiles = Tiles(*columns, 1 if num_queries == 1 else BLOCK)
+        request, row, length, position = columns
+        tiles = Tiles(request, row, length, position, 1 if num_queries == 1 else BLOCK)
         table = order.to(torch.int32)[None]
         given = self.query, pages, table, tiles, SCOPE, rotary, self.scale
         out = torch.full_like(self.query, torch.nan)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -104,7 +104,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         fast_build: bool = False,
     ) -> ReAttentionMetadata:
         if self.counts is not None:
-            self._count(common_attn_metadata)
+            self._count(self.counts, common_attn_metadata)
         return self._build(common_attn_metadata)
 
     def build_for_cudagraph_capture(
@@ -144,7 +144,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         table = step.block_table_tensor[:, :max_blocks]
         return ReAttentionMetadata(self.scope, tiles, table, fresh)
 
-    def _count(self, step: CommonAttentionMetadata) -> None:
+    def _count(self, counts: Counts, step: CommonAttentionMetadata) -> None:
         if step.seq_lens_cpu_upper_bound is None:
             logger.warning_once(
                 "ReAttention: the host does not know how long some requests are; steps with such "
@@ -155,9 +155,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
         block_size, scope = self.block_size, self.scope
         dense_limit = scope.dense_blocks * block_size
-        self.counts.add(
-            seq_lens, num_tokens, num_decodes, dense_limit, block_size, scope.recall_blocks
-        )
+        counts.add(seq_lens, num_tokens, num_decodes, dense_limit, block_size, scope.recall_blocks)
 
 
 def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +187,7 @@ def _share_selections(impls: dict[str, Any], every: int) -> None:
             impl.selects, last = group != last, group
 
 
-def _first_selecting(layers: dict[str, nn.Module]) -> str | None:
+def _first_selecting(layers: dict[str, Any]) -> str | None:
     """Of the layers that keep more than a window."""
     for name, layer in layers.items():
         if compat.is_ours(layer) and not layer.impl.window:

@@ -59,7 +59,7 @@ class Counts:
         if os.path.isdir(folder):
             file, path = tempfile.mkstemp(dir=folder)
             os.close(file)
-            self.record = np.memmap(path, RECORD, "w+", shape=1)
+            self.record: np.ndarray = np.memmap(path, RECORD, "w+", shape=1)
             os.rename(path, path + SUFFIX)  # from now on it is complete
         else:  # started by nobody who asks, or on another machine
             self.record = np.zeros(1, RECORD)

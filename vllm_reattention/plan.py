@@ -117,9 +117,9 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """The longest request that fits, in whole blocks; 0: none."""
+        """The longest request known to fit, in whole blocks; 0: none."""
         block = compat.BLOCK_SIZES[0]
-        tokens = max(0, self.room - self.fixed_bytes) // self.token_bytes
+        tokens = max(0, (self.room or 0) - self.fixed_bytes) // self.token_bytes
         return tokens // block * block
 
     @property
@@ -225,7 +225,7 @@ def report(plan: Plan) -> str:
         lines.append("weights   not known before they are here")
     else:
         lines.append(f"weights   {each}{_gib(plan.weight_bytes)}")
-    if plan.fits is None:
+    if plan.room is None or plan.gpu_bytes is None:
         lines.append("room      not known: --gpu-memory GiB tells")
     else:
         lines.append(
@@ -233,11 +233,11 @@ def report(plan: Plan) -> str:
             f"{compat.memory_share():.0%} of {_gib(plan.gpu_bytes)}, and {_gib(RESERVE)} are left "
             "for all else"
         )
-    if plan.fits:
-        lines.append(f"fits      {plan.room / plan.request_bytes:.1f} such requests at once")
-    elif plan.fits is False:
-        ways = "; or ".join(plan.ways_out()) or "no number of GPUs up to 8 helps"
-        lines.append(f"DOES NOT FIT; instead: {ways}")
+        if plan.fits:
+            lines.append(f"fits      {plan.room / plan.request_bytes:.1f} such requests at once")
+        else:
+            ways = "; or ".join(plan.ways_out()) or "no number of GPUs up to 8 helps"
+            lines.append(f"DOES NOT FIT; instead: {ways}")
     return "\n".join([*lines, "", plan.command])
 
 

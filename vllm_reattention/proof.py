@@ -9,6 +9,7 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,8 @@ NO_ROTATION = Rope(torch.zeros(0, dtype=torch.float64))
 _ropes: weakref.WeakKeyDictionary[nn.Module, Rope] = weakref.WeakKeyDictionary()
 
 
-def prove(site: Site | None, dtype: torch.dtype) -> Rope:
+def prove(site: Site, dtype: torch.dtype) -> Rope:
     """What rotates the queries and keys of one Attention layer, taken over from its model."""
-    if site is None:
-        raise Refused("an Attention layer must be attached to a module; choose another backend")
     layer, parent = site.layer(), site.parent()
     try:
         with _plain_defaults():
@@ -60,7 +59,7 @@ def _plain_defaults():
         torch.set_default_dtype(dtype)
 
 
-def _prove(layer: nn.Module, parent: nn.Module, dtype: torch.dtype) -> Rope:
+def _prove(layer: Any, parent: nn.Module, dtype: torch.dtype) -> Rope:
     takes = inspect.signature(parent.forward).parameters
     if "position_embeddings" in takes:
         return _prove_transformers(_Probe(layer, parent, dtype))
@@ -73,7 +72,7 @@ def _prove(layer: nn.Module, parent: nn.Module, dtype: torch.dtype) -> Rope:
 class _Probe:
     """Runs an attention module and catches what it sends to its Attention layer."""
 
-    def __init__(self, layer: nn.Module, parent: nn.Module, dtype: torch.dtype):
+    def __init__(self, layer: Any, parent: nn.Module, dtype: torch.dtype):
         self.layer, self.parent = layer, parent
         compat.unfuse(parent)
         if (width := compat.hidden_size(parent)) is None:
@@ -151,7 +150,7 @@ def _prove_vllm(probe: _Probe, positions: str) -> Rope:
 
 def _prove_transformers(probe: _Probe) -> Rope:
     """A Transformers layer is handed cos and sin, made by one embedding for the whole model."""
-    config = probe.parent.config
+    config: Any = probe.parent.config
     owned = [
         rope
         for rope in transformers_ropes
@@ -180,9 +179,12 @@ def _prove_transformers(probe: _Probe) -> Rope:
     half = cos.shape[-1] // 2
     twice = torch.equal(cos[..., :half], cos[..., half:])  # else each angle stands beside itself
     columns = slice(half) if twice else slice(0, None, 2)
-    rope = read_table(
-        lambda p: tuple(x[0, :, columns] for x in embed(p)), config.max_position_embeddings
-    )
+
+    def table(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = embed(positions)
+        return cos[0, :, columns], sin[0, :, columns]
+
+    rope = read_table(table, config.max_position_embeddings)
     ropes = [rope._replace(interleaved=interleaved) for interleaved in (False, True)]
     rope = min(ropes, key=lambda rope: probe.off(rope, bare, turned))
     _must_agree(probe.off(rope, bare, turned), probe.tolerance)

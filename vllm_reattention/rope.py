@@ -10,7 +10,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,15 @@ class Deferred:
 class Site(NamedTuple):
     """Where an Attention layer sits in its model."""
 
-    layer: weakref.ref
-    parent: weakref.ref
+    layer: Callable[[], Any]  # a weak reference to vLLM's Attention
+    parent: Callable[[], Any]  # and one to the module that owns it
 
 
 @functools.cache
 def install() -> None:
     """See every module as it is attached to its parent."""
-    register_module_module_registration_hook(_on_attach)
+    # torch's annotation has forgotten that a hook may return another module
+    register_module_module_registration_hook(_on_attach)  # type: ignore[arg-type]
 
 
 def _on_attach(parent: nn.Module, name: str, child: nn.Module | None) -> nn.Module | None:
@@ -76,7 +77,8 @@ def _defer(parent: nn.Module, stock: nn.Module) -> nn.Module:
     embedding keep theirs.
     """
     clone = copy.copy(stock)
-    clone.__class__ = _deferred_class(type(stock))
+    kind: type = type(stock)  # mypy takes a type[nn.Module] for unhashable
+    clone.__class__ = _deferred_class(kind)
     vars(clone)["stock"] = stock  # past nn.Module.__setattr__, which would make it a child
     deferring.add(parent)
     return clone
