@@ -24,6 +24,7 @@ quest       the highest bound on a logit that the block's smallest and largest k
 centroid    the highest logit of the mean of a block's keys, of any row of the tile; for this and
             quest take the scorer "refined", as logits of several heads do not add up
 spread      with half of a block's share given to each of its neighbours too
+recent      with shares that grow along the text, to twice what they are at its end
 oracle      with the needle's blocks in the place of the last recalled
 """
 
@@ -48,7 +49,7 @@ from vllm_reattention.tiles import prefill_tiles
 EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
 LAST = 8
 VOTES = 4  # of each query and head
-RULES = ("served", "last", "wide", "normalised", *EXACT, "mean", "spread", "oracle")
+RULES = ("served", "last", "wide", "normalised", *EXACT, "mean", "spread", "recent", "oracle")
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
@@ -184,7 +185,7 @@ class Study:
             mass = self._exact(query, layer.key, tiles, scale)[1]
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
-        score = self._spread(torch.where(can, score, 0), can)
+        score = self._changed(torch.where(can, score, 0), can)
         count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
         recall = functools.partial(stage.recall_blocks, per_layer=scope.per_layer)
         candidates = recall(score, min(count, score.shape[-1]), extent)
@@ -192,15 +193,18 @@ class Study:
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
-        score = self._spread(score, can).gather(-1, named)
+        score = self._changed(score, can).gather(-1, named)
         score = torch.where(of_each >= 0, score, -1.0)
         return recall(score, scope.recall_blocks, blocks=candidates)
 
-    def _spread(self, score: Tensor, can: Tensor) -> Tensor:
-        """Scores of the blocks that can be recalled, with their neighbours' if the rule says so."""
+    def _changed(self, score: Tensor, can: Tensor) -> Tensor:
+        """Scores of the blocks that can be recalled, changed as the rule says."""
         if self.rule == "spread":
             beside = nn.functional.pad(score, (1, 1))
             score = score + (beside[..., :-2] + beside[..., 2:]) / 2
+        if self.rule == "recent":
+            column = torch.arange(score.shape[-1], device=score.device)
+            score = score * (1 + column / score.shape[-1])
         return torch.where(can, score, -1.0)
 
     def _with_needle(self, recalled: Tensor, tiles: Tiles) -> Tensor:
