@@ -126,7 +126,7 @@ class Problem:
         self.ours()
         selecting, pages = self.layers[-SELECT_EVERY].pages, self.layers[-1].pages
         for tile in {0, self.tiles.row.shape[0] - 1}:
-            part = Tiles(*(c[tile : tile + 1] for c in self.tiles[:4]), self.tiles.max_length)
+            part = self.tiles.part(tile, tile + 1)
             given = (self.query, selecting, self.block_table, part, SCOPE, self.rotary, self.scale)
             recalled = self.out.new_zeros((1, 1, SCOPE.recall_blocks)).int()
             if self.context > SCOPE.dense_blocks * BLOCK_SIZE:

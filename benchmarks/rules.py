@@ -132,7 +132,7 @@ class Study:
         heads, width = query.shape[1], self.table.shape[1]
         run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width)
         for start in range(0, tiles.row.shape[0], run):
-            part = Tiles(*(column[start : start + run] for column in tiles[:4]), tiles.max_length)
+            part = tiles.part(start, start + run)
             if index % self.select_every == 0:
                 self.recalled[start] = self._select(query, layer, part, scaling)
             recalled = self.recalled[start]

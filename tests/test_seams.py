@@ -211,7 +211,8 @@ SEAMS = [
          takes="self connector_name", first=2),
     Seam("vllm.config.model", "ModelConfig", "backend, metadata, plan",
          has="max_model_len served_model_name hf_text_config model_arch_config uses_mrope dtype "
-             "architecture quantization model get_head_size get_sliding_window"),
+             "architecture quantization model get_head_size get_sliding_window "
+             "get_total_num_hidden_layers"),
     Seam(CONFIG, "VllmConfig", "backend, metadata",
          has="model_config cache_config scheduler_config parallel_config compilation_config "
              "additional_config"),
@@ -219,8 +220,9 @@ SEAMS = [
          has="static_forward_context max_cudagraph_capture_size"),
     Seam(CONFIG, "SchedulerConfig", "metadata.ReAttentionMetadataBuilder",
          has="max_num_batched_tokens max_num_seqs"),
-    Seam(CONFIG, "ParallelConfig", "metadata.ReAttentionMetadataBuilder: labels of metrics",
-         has="data_parallel_index rank"),
+    Seam(CONFIG, "ParallelConfig",
+         "metadata.ReAttentionMetadataBuilder: labels of metrics, compat.sum_over_processes",
+         has="data_parallel_index rank tensor_parallel_size"),
     Seam(CONFIG, "CacheConfig", "backend.ReAttentionImpl._warm_up", has="block_size"),
     # the layer and its calls
     Seam(ATTENTION, "Attention", "compat.is_ours, backend.ReAttentionImpl, proof._Probe",
