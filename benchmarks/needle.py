@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks import agreement, engines, harness
-from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, is_hit
+from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, depths, is_hit
 
 COLUMNS = ["model", "provider", "task", "context_len", "depth", "samples", "hits"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "vllm", "commit"]
@@ -26,18 +26,13 @@ TOLD = 5  # answers that are wrong, of each length
 ROOM = 64  # tokens that max_model_len has for a prompt's answer
 
 
-def depths(options: argparse.Namespace) -> list[float]:
-    """The middles of equal parts."""
-    return [(step + 0.5) / options.depths for step in range(options.depths)]
-
-
 def make_prompts(options: argparse.Namespace, context_len: int) -> list[Prompt]:
     """Samples of one length: tasks x depths x keys."""
     make = Prompts(options.model).make
     return [
         make(task, context_len, depth, f"{options.seed} {key}")
         for task in options.tasks
-        for depth in depths(options)
+        for depth in depths(options.depths)
         for key in range(options.keys)
     ]
 
@@ -150,7 +145,8 @@ def draw(options: argparse.Namespace) -> None:
     }
     for row in harness.read(TABLE):
         asked = settings.get(row["provider"])  # none for a variant of an engine
-        if row["model"] != model or asked is None or float(row["depth"]) not in depths(options):
+        is_asked = row["model"] == model and float(row["depth"]) in depths(options.depths)
+        if asked is None or not is_asked:
             continue
         if all(row[name] == str(number) for name, number in asked.items()):
             place = int(row["context_len"]), float(row["depth"])

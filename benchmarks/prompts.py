@@ -64,6 +64,11 @@ def essay(rng: random.Random) -> Wording:
     )
 
 
+def depths(count: int) -> list[float]:
+    """The middles of so many equal parts of a haystack."""
+    return [(step + 0.5) / count for step in range(count)]
+
+
 def is_hit(prompt: Prompt, written: str) -> bool:
     """RULER's score: the answer is somewhere in what was written."""
     return prompt.answer in written

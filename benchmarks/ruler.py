@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks import agreement, engines, harness, needle
-from benchmarks.prompts import Prompts
+from benchmarks.prompts import Prompts, depths
 from benchmarks.ruler_text import ANSWER_LEN, HAVE_DEPTH, TASKS, Sample, make, score
 
 TABLE = harness.RESULTS / "ruler.csv"
@@ -30,7 +30,7 @@ def make_samples(
 
 
 def depth_of(task: str, index: int, options: argparse.Namespace) -> float | None:
-    return (index % options.depths + 0.5) / options.depths if task in HAVE_DEPTH else None
+    return depths(options.depths)[index % options.depths] if task in HAVE_DEPTH else None
 
 
 def refuse_lengths(options: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import engines, harness
-from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, is_hit
+from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, depths, is_hit
 from csrc_triton.layout import Pages, Rotary, Tiles, rotation_table
 from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
@@ -339,8 +339,8 @@ def ask(study, prompts, options, task, length, rule, settings, weight) -> tuple[
     """A row of the table; and the needle's attention by layer and KV head, where all is seen."""
     start = time.perf_counter()
     hits, covers, masses, by_depth, missed = 0, [], [], [], []
-    for step in range(options.depths):
-        depth, before = (step + 0.5) / options.depths, hits
+    for depth in depths(options.depths):
+        before = hits
         for key in range(options.keys):
             prompt = prompts.make(task, length, depth, f"{options.seed} {key}")
             place = needle_place(prompts, prompt)

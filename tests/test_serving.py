@@ -205,13 +205,16 @@ def test_an_unsupported_vllm_disturbs_nobody_else(folder, engine):
     assert not engine(engines.refusal, make("llama", folder), pretend_range=">=99", **options)
 
 
+def flags(model: Path) -> list[str]:
+    told = f"--model {model} --attention-backend reattention --max-model-len 2048"
+    return f"{told} --dtype float32 --max-num-seqs 2 --max-num-batched-tokens 256".split()
+
+
 def test_serve(folder):
     """The command line, with every process spawned; and what /metrics then tells."""
     model = make("llama", folder)
     make_tokenizer(model)
-    arguments = f"--model {model} --attention-backend reattention --max-model-len 2048"
-    arguments += " --dtype float32 --max-num-seqs 2 --max-num-batched-tokens 256"
-    with serve(arguments.split(), on_gpu=False) as server:
+    with serve(flags(model), on_gpu=False) as server:
         body = dict(model=str(model), prompt=LONG[0], max_tokens=8, temperature=0)
         answer = server.post("/v1/completions", body)["choices"][0]["text"]
         assert len(answer.split()) == 8
@@ -239,12 +242,10 @@ def test_two_engines_serve(folder, engine):
     (expected,), _ = engine(
         engines.generate, model, [[prompt]], max_tokens=8, max_num_batched_tokens=256
     )
-    arguments = f"--model {model} --attention-backend reattention --max-model-len 2048"
-    arguments += " --dtype float32 --max-num-seqs 2 --max-num-batched-tokens 256"
-    arguments += " --data-parallel-size 2 --no-enable-prefix-caching"
+    two = ["--data-parallel-size", "2", "--no-enable-prefix-caching"]
     body = dict(model=str(model), prompt=prompt, max_tokens=8, temperature=0)
     with (
-        serve(arguments.split(), on_gpu=False) as server,
+        serve(flags(model) + two, on_gpu=False) as server,
         ThreadPoolExecutor() as clients,
     ):
         found = list(clients.map(server.post, 4 * ["/v1/completions"], 4 * [body]))
