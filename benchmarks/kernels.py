@@ -9,7 +9,8 @@ Every case first passes a check against the reference; one that fails writes no 
 
 Floors, per layer (scope of 8192 tokens; summaries are read in one layer of four):
   decode bytes    context/32/4 * kv_heads * 2d * 2 (summaries) + scope * kv_heads * 2d * itemsize
-  prefill FLOPs   4 * new * scope * heads * d (attend) + 2 * new * context/32/4 * heads * 2d (score)
+  prefill FLOPs   4 * new * scope * heads * d (attend)
+                  + 2 * new/4 * context/32/4 * heads * 2d (score: 8 queries of 32, 1 layer of 4)
 """
 
 import argparse
@@ -21,8 +22,8 @@ import torch
 
 from benchmarks import harness
 from csrc_triton import kernels, reference
-from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
-from vllm_reattention.attention import reattention
+from csrc_triton.layout import Pages, Rotary, Scope, Tiles, expected_rotation, rotation_table
+from vllm_reattention.attention import SELECTING_QUERIES, reattention
 from vllm_reattention.config import CANDIDATES_PER_RECALLED, SELECT_EVERY
 
 COLUMNS = [
@@ -75,7 +76,8 @@ class Problem:
             self.num_layers *= max(1, min(4, -(-(64 << 20) // touched)))
         frequencies = 500000.0 ** -(torch.arange(size // 2, device="cuda") / (size // 2))
         table = rotation_table(frequencies, SCOPE.dense_blocks * BLOCK_SIZE + BLOCK_SIZE)
-        self.rotary = Rotary(table)
+        expected = expected_rotation(table, SCOPE.dense_blocks * BLOCK_SIZE, BLOCK_SIZE)
+        self.rotary = Rotary(table, expected)
         self.scale = size**-0.5
         self.block_table = torch.randperm(num_blocks, device="cuda").int().view(batch, per_request)
         self.layers = [self._layer(num_blocks) for _ in range(self.num_layers)]
@@ -127,7 +129,8 @@ class Problem:
         selecting, pages = self.layers[-SELECT_EVERY].pages, self.layers[-1].pages
         for tile in {0, self.tiles.row.shape[0] - 1}:
             part = self.tiles.part(tile, tile + 1)
-            given = (self.query, selecting, self.block_table, part, SCOPE, self.rotary, self.scale)
+            last = part.last(SELECTING_QUERIES)
+            given = (self.query, selecting, self.block_table, last, SCOPE, self.rotary, self.scale)
             recalled = self.out.new_zeros((1, 1, SCOPE.recall_blocks)).int()
             if self.context > SCOPE.dense_blocks * BLOCK_SIZE:
                 score, extent, mass = kernels.score_blocks(*given)
@@ -138,7 +141,7 @@ class Problem:
                 refined = kernels.refine_scores(*given[:4], found, mass, self.rotary, self.scale)
                 recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             exact = torch.empty_like(self.out)
-            reference.attend(self.query, pages, *given[2:4], recalled, *given[4:], exact)
+            reference.attend(self.query, pages, self.block_table, part, recalled, *given[4:], exact)
             rows = slice(int(part.row[0]), int(part.row[0] + part.length[0]))
             error = (self.out[rows].float() - exact[rows].float()).norm() / exact[
                 rows
@@ -150,13 +153,14 @@ class Problem:
         """One call of each stage per layer, on what the stage before it left."""
         kept = []
         for layer in self.layers:
-            given = (self.query, layer.pages, self.block_table, self.tiles)
+            given = (self.query, layer.pages, self.block_table)
+            last = (*given, self.tiles.last(SELECTING_QUERIES))
             rest = (self.rotary, self.scale)
-            score, extent, mass = kernels.score_blocks(*given, SCOPE, *rest)
+            score, extent, mass = kernels.score_blocks(*last, SCOPE, *rest)
             found = recall(score, SCOPE.candidate_blocks, extent)
-            refined = kernels.refine_scores(*given, found, mass, *rest)
+            refined = kernels.refine_scores(*last, found, mass, *rest)
             recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
-            kept.append((given, rest, score, extent, mass, found, refined, recalled))
+            kept.append((last, rest, score, extent, mass, found, refined, recalled))
 
         def over_layers(call):
             return lambda: [call(*state) for state in kept]
@@ -176,7 +180,7 @@ class Problem:
             ),
             "attend": over_layers(
                 lambda g, r, s, e, m, f, refined, recalled: kernels.attend(
-                    *g, recalled, SCOPE, *r, self.out
+                    *g[:3], self.tiles, recalled, SCOPE, *r, self.out
                 )
             ),
         }
@@ -243,7 +247,8 @@ def floor(problem: Problem) -> tuple[float, float]:
     bytes_moved = (
         problem.batch * num_kv_heads * size * 2 * (scored * 2 + scope * problem.dtype.itemsize)
     )
-    flops = problem.batch * new * num_heads * size * (4 * seen + 4 * scored)
+    selecting = new if new == 1 else new * SELECTING_QUERIES / BLOCK_SIZE
+    flops = problem.batch * num_heads * size * 4 * (new * seen + selecting * scored)
     return bytes_moved, flops
 
 

@@ -13,17 +13,20 @@ from benchmarks.kernels import HEADS, NEW_TOKENS, Problem
 from csrc_triton import attend, refine, score
 
 CASES = [("llama-3.1-8b", 1048576, 1, 1), ("llama-3.1-8b", 131072, 32, 1)]
-CASES += [("llama-3.1-8b", 131072, 1, NEW_TOKENS)]
+CASES += [("llama-3.1-8b", n, 1, NEW_TOKENS) for n in (131072, 1048576)]
 
 
 # stage, module, its function, what to try for single queries, what for tiles
 STAGES = [
     ("score", score, "_tile_sizes",
-     [*itertools.product((32, 64), (4,), (3, 4), (528,))], [(64, 8, 3, 264), (128, 8, 2, 264)]),
+     [*itertools.product((32, 64), (4,), (3, 4), (528,))],
+     [*itertools.product((64, 128), (4, 8), (2, 3), (528,))]),
     ("score", score, "_share_sizes",
-     [(256, 4, 3, 264), (128, 4, 3, 528)], [(64, 4, 1, 264), (128, 8, 2, 264)]),
+     [(256, 4, 3, 264), (128, 4, 3, 528)],
+     [*itertools.product((64, 128), (4, 8), (1, 2, 3), (528,))]),
     ("refine", refine, "_tile_sizes",
-     [*itertools.product((8, 16), (2, 4), (3, 4))], [*itertools.product((64, 128), (8,), (2, 3))]),
+     [*itertools.product((8, 16), (2, 4), (3, 4))],
+     [*itertools.product((32, 64, 128), (4, 8), (2, 3))]),
     ("attend", attend, "_single_sizes",
      [*itertools.product((64, 128), (2, 4), (1, 2), (528,))], []),
     ("attend", attend, "_tile_sizes", [], [(32, 4, 1), (64, 8, 1), (128, 8, 1)]),

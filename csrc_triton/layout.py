@@ -30,10 +30,12 @@ class Pages(NamedTuple):
 class Rotary(NamedTuple):
     """The model's rotary embedding as pure rotations.
 
-    cos_sin [num_positions, 2, rotary_dim / 2] fp32. A NoPE layer has rotary_dim 0.
+    cos_sin   [num_positions, 2, rotary_dim / 2] fp32. A NoPE layer has rotary_dim 0.
+    expected  [block_size or more, 2, rotary_dim / 2] fp32; see expected_rotation
     """
 
     cos_sin: Tensor
+    expected: Tensor
     interleaved: bool = False  # the model pairs channels (2c, 2c + 1) instead of (c, c + half)
     query_scale: float = 1.0  # a scaled table (YaRN, longrope) is a rotation times m: this is m * m
 
@@ -58,6 +60,10 @@ class Scope(NamedTuple):
     # With so many blocks before local, a prefill tile takes the softmax's denominator (which only
     # weighs its rows against each other) from the global blocks and every SAMPLE_EVERY-th other.
     sample_from: int = 2048
+
+    @property
+    def blocks(self) -> int:
+        return self.global_blocks + self.recall_blocks + self.local_blocks
 
     def slots(self, block: int, block_size: int) -> tuple[int, int, int]:
         """Global, recalled and first local block of a tile whose queries lie in `block`."""
@@ -87,6 +93,28 @@ class Tiles(NamedTuple):
         some = slice(start, end)
         row, length, position = self.row[some], self.length[some], self.position[some]
         return Tiles(self.request[some], row, length, position, self.max_length)
+
+    def last(self, count: int) -> "Tiles":
+        """The same tiles with their last `count` queries alone."""
+        if self.max_length <= count:
+            return self
+        skipped = (self.length - count).clamp(min=0)
+        row, position = self.row + skipped, self.position + skipped
+        return Tiles(self.request, row, self.length - skipped, position, count)
+
+
+def expected_rotation(cos_sin: Tensor, num_distances: int, num_offsets: int) -> Tensor:
+    """Rotations by each offset, averaged over all distances that a query could have besides.
+
+    A key may come to stand anywhere in the scope, so its block is scored by the mean of what its
+    logit is over the scope: channels that turn fast, and would say anything there, count for less.
+
+    cos_sin  [num_positions, 2, rotary_dim / 2], from position 0 on
+    returns  [num_offsets, 2, rotary_dim / 2]: no rotations, shorter than 1
+    """
+    cos, sin = cos_sin[:num_offsets].unbind(1)
+    mean_cos, mean_sin = cos_sin[:num_distances].mean(0)
+    return torch.stack((cos * mean_cos - sin * mean_sin, sin * mean_cos + cos * mean_sin), dim=1)
 
 
 def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:

@@ -292,6 +292,24 @@ def test_a_selection_serves_other_layers(case, monkeypatch):
     assert not torch.allclose(again, out, equal_nan=True)
 
 
+def test_the_last_queries_of_a_tile_select_for_all(monkeypatch):
+    case = PREFILL[0]
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    monkeypatch.setattr(attention, "stages", lambda _: reference)
+    recalled = attention.select(*inputs.score_args())
+    tiles, count = inputs.tiles, attention.SELECTING_QUERIES
+    assert (tiles.length > count).any() and (tiles.length < count).any()
+    selecting = set()
+    for row, length in zip(tiles.row.tolist(), tiles.length.tolist(), strict=True):
+        selecting |= set(range(row + max(length - count, 0), row + length))
+    others = [row for row in range(len(inputs.query)) if row not in selecting]
+    inputs.query[others] = float("nan")
+    assert torch.equal(recalled, attention.select(*inputs.score_args()))
+    inputs.query[sorted(selecting)] *= -1
+    assert not torch.equal(recalled, attention.select(*inputs.score_args()))
+
+
 @pytest.mark.parametrize("scope", [Scope(1, 4, 3, 8, 8), Scope(0, 0, 0, 0, window=50)], ids=str)
 def test_warm_up_runs_every_stage_and_writes_nothing(scope, monkeypatch):
     launched = []

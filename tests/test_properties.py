@@ -320,11 +320,10 @@ def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, b
             _do_as_told(numbers, str(reason), block_size)
     else:
         raise AssertionError(f"no way out led anywhere, at last {numbers}")
-    total = scope.global_blocks + scope.recall_blocks + scope.local_blocks
     assert scope.global_blocks >= 1 <= scope.local_blocks and scope.recall_blocks >= 0
-    assert total <= scope.dense_blocks and scope.dense_blocks * block_size <= window
+    assert scope.blocks <= scope.dense_blocks and scope.dense_blocks * block_size <= window
     if numbers["dense_limit"] is None:
-        assert scope.dense_blocks == total
+        assert scope.dense_blocks == scope.blocks
     told = SimpleNamespace(**numbers)
     for given_size, blocks in (
         (told.global_size, scope.global_blocks),

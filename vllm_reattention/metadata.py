@@ -86,7 +86,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             "ReAttention: scope %d tokens (%d global + %d recalled + %d local), trained window %d, "
             "all keys up to %d, scorer %s, one selection for %d layers, summaries take %.1f %% of "
             "the KV cache",
-            (scope.global_blocks + scope.recall_blocks + scope.local_blocks) * size,
+            scope.blocks * size,
             scope.global_blocks * size,
             scope.recall_blocks * size,
             scope.local_blocks * size,

@@ -207,7 +207,7 @@ def weight_bytes(config) -> int | None:
 
 def report(plan: Plan) -> str:
     shape, scope, block = plan.shape, plan.scope, compat.BLOCK_SIZES[0]
-    total = scope.global_blocks + scope.recall_blocks + scope.local_blocks
+    total = scope.blocks
     each = "on each GPU, " if plan.gpus > 1 else ""
     lines = [
         f"{plan.model}: {shape.architecture}, trained on {shape.trained_window:,} tokens",
