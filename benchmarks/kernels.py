@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import harness
 from csrc_triton import kernels, reference
-from csrc_triton.layout import Pages, Rotary, Scope, Tiles, expected_rotation, rotation_table
+from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
 from vllm_reattention.attention import SELECTING_QUERIES, reattention
 from vllm_reattention.config import CANDIDATES_PER_RECALLED, SELECT_EVERY
 
@@ -76,8 +76,7 @@ class Problem:
             self.num_layers *= max(1, min(4, -(-(64 << 20) // touched)))
         frequencies = 500000.0 ** -(torch.arange(size // 2, device="cuda") / (size // 2))
         table = rotation_table(frequencies, SCOPE.dense_blocks * BLOCK_SIZE + BLOCK_SIZE)
-        expected = expected_rotation(table, SCOPE.dense_blocks * BLOCK_SIZE, BLOCK_SIZE)
-        self.rotary = Rotary(table, expected)
+        self.rotary = Rotary(table)
         self.scale = size**-0.5
         self.block_table = torch.randperm(num_blocks, device="cuda").int().view(batch, per_request)
         self.layers = [self._layer(num_blocks) for _ in range(self.num_layers)]

@@ -11,10 +11,10 @@ of the trained window and nothing is left out. So the heads that do the finding 
 
 served      what the settings say: so each rule below but for what it says
 all         by all queries of a tile, not its last 8 alone
-wide        with 32 candidates a recalled block
+wide        with 16 candidates a recalled block
 normalised  with the softmax's denominators from every key
 exact       shares from every key
-raw         by logits without positions, not their mean over all distances in the scope
+mean        by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row instead of their sum
 newest      exact, by the tile's last query alone
 votes       each query of each head votes for its 4 best tokens (as the method's authors released
@@ -40,16 +40,15 @@ from torch import Tensor, nn
 
 from benchmarks import engines, harness
 from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, depths, is_hit
-from csrc_triton.layout import Pages, Rotary, Tiles, expected_rotation, rotation_table
+from csrc_triton.layout import Pages, Rotary, Tiles, rotation_table
 from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.tiles import prefill_tiles
 
-OTHERS = ("votes", "quest", "centroid")  # by queries and keys without positions
-EXACT = ("exact", "max", "newest", *OTHERS)
+EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
 VOTES = 4  # of each query and head
-RULES = ("served", "all", "wide", "normalised", *EXACT, "raw", "spread", "recent", "oracle")
+RULES = ("served", "all", "wide", "normalised", *EXACT, "mean", "spread", "recent", "oracle")
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
@@ -82,7 +81,7 @@ class Study:
         config = self.model.config
         base = self.model.model.rotary_emb
         self.window = config.max_position_embeddings
-        self.cos_sin = rotation_table(base.inv_freq.to(device), self.window)
+        self.rotary = Rotary(rotation_table(base.inv_freq.to(device), self.window))
         self.model.model.rotary_emb = Unrotated()
         self.kv_heads = config.num_key_value_heads
         self.device = device
@@ -94,8 +93,6 @@ class Study:
         config = ReAttentionConfig(**settings)
         self.scope = config.resolve(self.window, BLOCK_SIZE)
         self.select_every = config.layers_per_selection(self.model.config.num_hidden_layers)
-        size = self.scope.blocks * BLOCK_SIZE if rule != "raw" else 1
-        self.rotary = Rotary(self.cos_sin, expected_rotation(self.cos_sin, size, BLOCK_SIZE))
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
         self.layers, self.seen, self.recalled, self.length = {}, {}, {}, 0
@@ -176,7 +173,10 @@ class Study:
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)[0]
             return stage.recall_blocks(score, scope.recall_blocks, per_layer=scope.per_layer)
-        if self.rule in ("served", "raw", "oracle"):
+        if self.rule == "mean":
+            turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
+            query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
+        if self.rule in ("served", "mean", "oracle"):
             recalled = attention.select(query, *common, scope, rotary, scale)
             return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
         score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
@@ -217,11 +217,8 @@ class Study:
         return torch.where(can.all(-1, keepdim=True), forced, recalled).to(torch.int32)
 
     def _exact(self, query: Tensor, key: Tensor, tiles: Tiles, scale: float):
-        """Shares of the softmax over expected logits from every key, and its denominators:
+        """Shares of the position-free softmax from every key, and its denominators:
         [num_tiles, num_kv_heads, max_blocks], [num_tiles, num_kv_heads, rows]."""
-        if self.rule not in OTHERS:
-            expected = Rotary(self.rotary.expected, self.rotary.expected)
-            query = rotate_rows(query, torch.zeros(len(query), device=self.device), expected)
         scope, heads, most = self.scope, self.kv_heads, tiles.max_length
         group, blocks = query.shape[1] // heads, key.shape[0] // BLOCK_SIZE
         keys, num_tiles = key.permute(1, 2, 0), tiles.row.shape[0]
@@ -242,7 +239,7 @@ class Study:
             q = query[row].unflatten(2, (heads, group))  # [tiles, length, heads, group, size]
             q = q.permute(2, 0, 1, 3, 4).flatten(1, 3)
             can = torch.arange(blocks, device=query.device) < local[:, None]
-            if self.rule in OTHERS:
+            if self.rule in ("votes", "quest", "centroid"):
                 can[:, : scope.global_blocks] = False
                 seats = counts.repeat_interleave(group, 1)[None, :, :, None]
                 rows = q.unflatten(1, (len(last), -1))

@@ -30,12 +30,10 @@ class Pages(NamedTuple):
 class Rotary(NamedTuple):
     """The model's rotary embedding as pure rotations.
 
-    cos_sin   [num_positions, 2, rotary_dim / 2] fp32. A NoPE layer has rotary_dim 0.
-    expected  [block_size or more, 2, rotary_dim / 2] fp32; see expected_rotation
+    cos_sin [num_positions, 2, rotary_dim / 2] fp32. A NoPE layer has rotary_dim 0.
     """
 
     cos_sin: Tensor
-    expected: Tensor
     interleaved: bool = False  # the model pairs channels (2c, 2c + 1) instead of (c, c + half)
     query_scale: float = 1.0  # a scaled table (YaRN, longrope) is a rotation times m: this is m * m
 
@@ -101,20 +99,6 @@ class Tiles(NamedTuple):
         skipped = (self.length - count).clamp(min=0)
         row, position = self.row + skipped, self.position + skipped
         return Tiles(self.request, row, self.length - skipped, position, count)
-
-
-def expected_rotation(cos_sin: Tensor, num_distances: int, num_offsets: int) -> Tensor:
-    """Rotations by each offset, averaged over all distances that a query could have besides.
-
-    A key may come to stand anywhere in the scope, so its block is scored by the mean of what its
-    logit is over the scope: channels that turn fast, and would say anything there, count for less.
-
-    cos_sin  [num_positions, 2, rotary_dim / 2], from position 0 on
-    returns  [num_offsets, 2, rotary_dim / 2]: no rotations, shorter than 1
-    """
-    cos, sin = cos_sin[:num_offsets].unbind(1)
-    mean_cos, mean_sin = cos_sin[:num_distances].mean(0)
-    return torch.stack((cos * mean_cos - sin * mean_sin, sin * mean_cos + cos * mean_sin), dim=1)
 
 
 def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:

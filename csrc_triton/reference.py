@@ -50,13 +50,6 @@ def _tile_query(query: Tensor, row: int, length: int, num_kv_heads: int, rotary:
     return grouped.transpose(0, 1).flatten(1, 2)
 
 
-def _expected_query(
-    query: Tensor, row: int, length: int, num_kv_heads: int, rotary: Rotary
-) -> Tensor:
-    """The same, so that its product with a raw key is the mean logit over the scope."""
-    return _rotate(_tile_query(query, row, length, num_kv_heads, rotary), rotary.expected[0])
-
-
 def _cap(logits: Tensor, soft_cap: float) -> Tensor:
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
@@ -115,11 +108,10 @@ def score_blocks(
     rotary: Rotary,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each block's share of the softmax over expected logits, estimated from summaries.
+    """Each block's share of the position-free softmax, estimated from summaries.
 
-    A logit is its mean over the places that its key could have in the scope, so that no position
-    matters (layout.expected_rotation). A block whose keys have mean m and variance v per channel
-    holds about exp(q.m + (q*q).v / 2) * block_size of the softmax's mass, were its keys Gaussian.
+    A block whose keys have mean m and variance v per channel holds about
+    exp(q.m + (q*q).v / 2) * block_size of the softmax's mass, were its keys Gaussian.
 
     query        [num_tokens, num_heads, head_size], not rotated
     block_table  [num_requests, max_blocks] int32
@@ -142,7 +134,7 @@ def score_blocks(
         num_global, num_recalled, local = scope.slots(position // block_size, block_size)
         if not length or not num_recalled:
             continue
-        q = _expected_query(query, row, length, num_kv_heads, rotary) * scale
+        q = _tile_query(query, row, length, num_kv_heads, rotary) * scale
         summary = _wide(pages.summary[block_table[request, :local].long()]).to(q.dtype)
         mean, variance = summary.permute(2, 1, 3, 0)  # [num_kv_heads, head_size, local]
         mass = q @ mean + (q * q) @ variance / 2 + math.log(block_size)
@@ -228,7 +220,7 @@ def refine_scores(
     for tile, (request, row, length, _) in enumerate(_rows(tiles)):
         if not length:
             continue
-        q = _expected_query(query, row, length, num_kv_heads, rotary) * scale
+        q = _tile_query(query, row, length, num_kv_heads, rotary) * scale
         wanted = candidates[tile].long()
         pages_of = block_table[request].long()[wanted.clamp(min=0)]
         stored = _wide(pages.key[pages_of, heads]).to(q.dtype) * pages.key_scale

@@ -1,10 +1,9 @@
 """refine_scores: the candidates' shares of the softmax, from their keys.
 
-q.k is R(i)q . R(i)k, and the cache holds R(i)k; rotary.expected holds R(i) for logits expected
-over the scope. A program takes the keys of one or a few offsets i from many blocks at a time, so
-that queries are turned once for all of these and keys go straight from the page into the product.
-A product has 16 rows at least: what a single query's group leaves empty is filled with the same
-queries turned to the next offsets.
+q.k is R(i)q . R(i)k, and the cache holds R(i)k. A program takes the keys of one or a few offsets
+i from many blocks at a time, so that queries are turned once for all of these and keys go
+straight from the page into the product. A product has 16 rows at least: what a single query's
+group leaves empty is filled with the same queries turned to the next offsets.
 """
 
 import torch
@@ -34,7 +33,7 @@ def _refine_scores_kernel(
     length_ptr,
     candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
     log_mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS]
-    expected_ptr,  # [block_size or more, 2, half]
+    cos_sin_ptr,  # [num_positions, 2, half]
     score_ptr,  # [num_tiles, num_kv_heads, num_candidates]
     scale,  # of the logits, times the keys' scale
     query_scale,
@@ -107,7 +106,7 @@ def _refine_scores_kernel(
         share = tl.zeros([OFFSETS * ROWS, CANDIDATES * OFFSETS], tl.float32)
         for offset in tl.range(0, BLOCK_SIZE, OFFSETS, num_stages=STAGES):
             turned = turn_rows(
-                query, partner, offset + tl.arange(0, OFFSETS), expected_ptr, query_scale,
+                query, partner, offset + tl.arange(0, OFFSETS), cos_sin_ptr, query_scale,
                 HALF, ROWS, OFFSETS, PAD_HEAD,
             )  # fmt: skip
             if HEAD_SIZE == PAD_HEAD:
@@ -161,7 +160,7 @@ def refine_scores(
         *tiles[:3],
         candidates,
         log_mass,
-        rotary.expected,
+        rotary.cos_sin,
         score,
         scale * pages.key_scale,
         rotary.query_scale,
@@ -195,4 +194,6 @@ def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
     """Candidates at once, warps and stages, from a sweep on an H200."""
     if rows <= 16:
         return 16, 2 if head_size <= 128 else 4, 3
-    return 64, 8 if rows > 64 else 4, 2 if head_size > 128 else 3
+    if rows <= 64:
+        return 128 if head_size <= 128 else 64, 4, 2
+    return 64, 8, 2 if head_size > 128 else 3

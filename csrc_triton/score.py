@@ -1,4 +1,4 @@
-"""score_blocks: each block's share of the expected softmax, from its summary alone.
+"""score_blocks: each block's share of the position-free softmax, from its summary alone.
 
 Two passes, because a share needs its row's denominator. Single queries (decode) keep the first
 pass's log-mass: reading the summaries is its whole cost. Tiles (prefill), bound by the product
@@ -28,7 +28,7 @@ MAX_SPLITS = 64  # of the block axis
 
 @triton.jit
 def _load_query(
-    query_ptr, expected_ptr, first_row, head_idx, row_offs, num_rows, query_scale, scale,
+    query_ptr, first_row, head_idx, row_offs, num_rows, query_scale, scale,
     query_stride_token, query_stride_head,
     HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr,
     PAD_HEAD: tl.constexpr,
@@ -44,16 +44,7 @@ def _load_query(
     at = source_channel(channel_offs, HALF, INTERLEAVED)
     mask = (row_offs < num_rows)[:, None] & (channel_offs < HEAD_SIZE)[None, :]
     query = tl.load(row_ptr[:, None] + at[None, :], mask=mask, other=0.0)
-    wide = query.to(tl.float32)
-    if HALF > 0:
-        turns = channel_offs < 2 * HALF
-        cos = tl.load(expected_ptr + channel_offs % HALF, mask=turns, other=0.0) * query_scale
-        sin = tl.load(expected_ptr + HALF + channel_offs % HALF, mask=turns, other=0.0)
-        sin *= tl.where(channel_offs < HALF, -query_scale, query_scale)
-        partner_offs = tl.where(channel_offs < HALF, channel_offs + HALF, channel_offs - HALF)
-        at = source_channel(partner_offs, HALF, INTERLEAVED)
-        partner = tl.load(row_ptr[:, None] + at[None, :], mask=mask & turns[None, :], other=0.0)
-        wide = wide * tl.where(turns, cos, 1.0)[None, :] + partner * sin[None, :]
+    wide = query * tl.where(channel_offs < 2 * HALF, query_scale, 1.0)[None, :]
     joint = tl.where((joint_offs < PAD_HEAD)[None, :], wide, wide * wide * (0.5 * scale))
     return joint.to(query.dtype)
 
@@ -102,7 +93,6 @@ def _row_totals(
 @triton.jit(do_not_specialize=["max_blocks", "splits"])
 def _sum_mass_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
-    expected_ptr,  # [block_size or more, 2, half]; only its first rows: offset 0
     summary_ptr,  # [num_blocks, num_kv_heads, 2, head_size]
     block_table_ptr,  # [num_requests, max_blocks]
     request_ptr,  # [num_tiles]
@@ -151,9 +141,8 @@ def _sum_mass_kernel(
     if (num_rows == 0) | (num_recalled == 0):
         return
     query = _load_query(
-        query_ptr, expected_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows,
-        query_scale, scale, query_stride_token, query_stride_head,
-        HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+        query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows, query_scale, scale,
+        query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
     )  # fmt: skip
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     out_row = tile_idx * tl.num_programs(1) + head_idx
@@ -198,7 +187,6 @@ def _sum_mass_kernel(
 @triton.jit(do_not_specialize=["max_blocks", "partials", "splits"])
 def _share_mass_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
-    expected_ptr,  # [block_size or more, 2, half]; only its first rows: offset 0
     summary_ptr,  # [num_blocks, num_kv_heads, 2, head_size]
     block_table_ptr,  # [num_requests, max_blocks]
     request_ptr,  # [num_tiles]
@@ -270,8 +258,8 @@ def _share_mass_kernel(
         )  # fmt: skip
         if not KEEPS_MASS:
             query = _load_query(
-                query_ptr, expected_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs,
-                num_rows, query_scale, scale, query_stride_token, query_stride_head,
+                query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows,
+                query_scale, scale, query_stride_token, query_stride_head,
                 HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
             )  # fmt: skip
         for first in tl.range(start, end, BLOCKS, num_stages=STAGES):
@@ -305,7 +293,7 @@ def score_blocks(
     rotary: Rotary,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each block's share of the softmax over expected logits, estimated from summaries.
+    """Each block's share of the position-free softmax, estimated from summaries.
 
     query        [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
     block_table  [num_requests, max_blocks] int32
@@ -328,7 +316,7 @@ def score_blocks(
     score = torch.empty((num_tiles, num_kv_heads, max_blocks), **fp32)
     extent = torch.empty(num_tiles, dtype=torch.int32, device=query.device)
     log_mass = torch.empty((num_tiles, num_kv_heads, max_rows), **fp32)
-    tensors = (query, rotary.expected, pages.summary, block_table, *tiles[:4], mass, partial)
+    tensors = (query, pages.summary, block_table, *tiles[:4], mass, partial)
     numbers = (scale, rotary.query_scale, max_blocks)
     strides = (
         query.stride(0),
@@ -370,7 +358,7 @@ def _tile_sizes(head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:
     """Blocks per step, warps, stages, and programs to aim at, from a sweep on an H200."""
     if keeps_mass:
         return 32, 4, 3, 528
-    return (64 if head_size <= 128 else 32), 8, 3, 264
+    return (64 if head_size <= 128 else 32), 4, 2, 528
 
 
 def _share_sizes(head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from csrc_triton import reference
-from csrc_triton.layout import Pages, Rotary, Scope, Tiles, expected_rotation, rotation_table
+from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
 
 NUM_POSITIONS = 1024
 
@@ -51,10 +51,8 @@ class Inputs:
         size, block_size = case.head_size, case.block_size
         half = (size if case.rotary_dim is None else case.rotary_dim) // 2
         frequencies = 10000.0 ** -(torch.arange(half) / max(half, 1))
-        table = rotation_table(frequencies, NUM_POSITIONS).to(device)
         self.rotary = Rotary(
-            table,
-            expected_rotation(table, 40, block_size),
+            rotation_table(frequencies, NUM_POSITIONS).to(device),
             case.interleaved,
             case.query_scale,
         )

@@ -288,7 +288,7 @@ def test_rotating_composes(interleaved):
     x, at = torch.randn(5, 3, 20), torch.arange(5)
     twice = rope.rotate(rope.rotate(x, at), at + 2)
     assert torch.allclose(twice, rope.rotate(x, 2 * at + 2), atol=1e-5)
-    assert torch.equal(rope.rotary(9, 4, 2, x.device).cos_sin, rotation_table(rope.radians, 9))
+    assert torch.equal(rope.rotary(9, x.device).cos_sin, rotation_table(rope.radians, 9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)

@@ -180,20 +180,17 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             )
         self.summary_dtype = act_dtype if act_dtype.itemsize == 2 else torch.bfloat16
         self.rotary = self._shared_rotary(rope) or rope.rotary(
-            *self._table_sizes(), layer._k_scale.device
+            self._num_positions(), layer._k_scale.device
         )
         self.rope = rope
         # A buffer outlives sleep: level 2 saves buffers and writes them back in place.
         layer.register_buffer("rotary_table", self.rotary.cos_sin, persistent=False)
-        layer.register_buffer("expected_table", self.rotary.expected, persistent=False)
 
-    def _table_sizes(self) -> tuple[int, int, int]:
-        """Positions in a scope or window, which stands anywhere in its first and last block; in a
-        scope; in the largest block."""
+    def _num_positions(self) -> int:
+        """Positions in a scope or window, which stands anywhere in its first and last block."""
         block_size, *_, largest = compat.BLOCK_SIZES
-        scope = self.config.resolve(self.trained_window, block_size)
-        num_positions = max(scope.dense_blocks * block_size, self.window) + 2 * largest
-        return num_positions, scope.blocks * block_size, largest
+        dense = self.config.resolve(self.trained_window, block_size).dense_blocks * block_size
+        return max(dense, self.window) + 2 * largest
 
     def _shared_rotary(self, rope: Rope) -> Rotary | None:
         """That of an earlier layer with the same rotary embedding: tables are large."""
@@ -202,7 +199,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             if (
                 isinstance(other, ReAttentionImpl)
                 and other.rope is not None
-                and len(other.rotary.cos_sin) == self._table_sizes()[0]
+                and len(other.rotary.cos_sin) == self._num_positions()
                 and other.rope.interleaved == rope.interleaved
                 and other.rope.magnitude == rope.magnitude
                 and torch.equal(other.rope.radians, rope.radians)

@@ -9,7 +9,7 @@ KEY = "reattention"
 Scorer = Literal["layer", "refined", "summary"]
 MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
-CANDIDATES_PER_RECALLED = 4
+CANDIDATES_PER_RECALLED = 2
 SELECT_EVERY = 4
 SELECTIONS = 7  # of a model at least, if it has so many layers
 

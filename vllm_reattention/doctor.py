@@ -135,7 +135,7 @@ class Case:
     def run(self) -> tuple[Tensor, Tensor]:
         """What was recalled, [num_kv_heads, recall_blocks], and the attention's output."""
         where, dtype, num_queries = self.query.device, self.query.dtype, len(self.query)
-        rotary = self.rope.rotary(LENGTH, SCOPE.blocks * BLOCK, BLOCK, where)
+        rotary = self.rope.rotary(LENGTH, where)
         num_blocks = -(-LENGTH // BLOCK)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).to(where)
         page = torch.full((num_blocks, KV_HEADS, BLOCK, HEAD_SIZE), torch.nan).to(where, dtype)

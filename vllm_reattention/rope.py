@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from csrc_triton.layout import Rotary, expected_rotation, rotation_table
+from csrc_triton.layout import Rotary, rotation_table
 from vllm_reattention import compat
 
 # Rotary embeddings of Transformers models: one serves all layers, from outside them.
@@ -109,12 +109,9 @@ class Rope(NamedTuple):
     magnitude: float = 1.0
     interleaved: bool = False
 
-    def rotary(
-        self, num_positions: int, scope_size: int, block_size: int, device: torch.device
-    ) -> Rotary:
-        table = rotation_table(self.radians, num_positions)
-        expected = expected_rotation(table, scope_size, block_size)
-        return Rotary(table.to(device), expected.to(device), self.interleaved, self.magnitude**2)
+    def rotary(self, num_positions: int, device: torch.device) -> Rotary:
+        table = rotation_table(self.radians, num_positions).to(device)
+        return Rotary(table, self.interleaved, self.magnitude**2)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [num_tokens, num_heads, head_size] as the model would rotate it."""
