@@ -1,5 +1,6 @@
 """attend: softmax attention over a tile's scope, every block rotated to its slot."""
 
+import functools
 import math
 
 import torch
@@ -78,6 +79,15 @@ def attend(
     early = early_launch(query.device)
     if tiles.max_length > 1:
         max_rows = tiles.max_length * group
+        hopper = hopper_kernel(query.device)
+        if hopper and _hopper_takes(query, pages, rotary, scope, max_rows, soft_cap):
+            for flag in ("WINDOW", "HAS_CAP", "PAD_HEAD"):
+                del fixed[flag]
+            hopper[(num_tiles * math.ceil(max_rows / 128), num_kv_heads)](
+                *arguments, **fixed, STAGES=5, AHEAD=2, MAX_ROWS=max_rows,
+                SLOTS=max(64 // block_size, 1), num_warps=4, **early,
+            )  # fmt: skip
+            return
         rows = min(max(triton.next_power_of_2(max_rows), 16), 128)
         keys, warps, stages = _tile_sizes(head_size)
         attend_tile_kernel[(num_tiles * math.ceil(max_rows / rows), num_kv_heads)](
@@ -121,6 +131,35 @@ def attend(
             num_warps=4,
             **early,
         )
+
+
+@functools.cache
+def hopper_kernel(device: torch.device):
+    """The kernel in Gluon, on the GPUs and in the Triton it was written for; else None."""
+    if device.type == "cuda" and not torch.version.hip and triton.__version__.startswith("3.6."):
+        if torch.cuda.get_device_capability(device)[0] == 9:
+            from csrc_triton.attend_hopper import attend_hopper_kernel
+
+            return attend_hopper_kernel
+    return None
+
+
+def _hopper_takes(
+    query: Tensor, pages: Pages, rotary: Rotary, scope: Scope, max_rows: int, soft_cap: float
+) -> bool:
+    """Whether keys are copied as they are and turned whole, and most rows of a program in use."""
+    block_size, head_size = pages.key.shape[2:]
+    return (
+        pages.key.dtype == query.dtype
+        and query.dtype.itemsize == 2
+        and head_size == 2 * rotary.half
+        and head_size in (64, 128)
+        and block_size in (16, 32, 64)
+        and all(stride % 16 == 0 for stride in pages.key.stride()[:2])
+        and max_rows > 64
+        and not scope.window
+        and not soft_cap
+    )
 
 
 def _single_sizes(head_size: int) -> tuple[int, int, int, int]:

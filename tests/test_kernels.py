@@ -1,13 +1,15 @@
 """Each kernel against its reference: on a GPU where there is one, else in Triton's interpreter."""
 
+import collections
 import dataclasses
 import random
 import types
+import unittest.mock
 
 import pytest
 import torch
 
-from csrc_triton import kernels, reference
+from csrc_triton import attend, kernels, reference
 from csrc_triton.layout import Pages, Scope
 from tests.cases import Case
 from vllm_reattention import attention
@@ -59,6 +61,14 @@ if ON_GPU:
              scope=Scope(1, 3, 2, 6, 6)),
         Case(contexts=(1500, 130), queries=(300, 130), heads=(14, 2), block_size=128,
              scope=Scope(1, 2, 1, 4, 6)),
+        Case(contexts=(900, 17, 400), queries=(77, 17, 33), heads=(9, 3), block_size=32,
+             scope=Scope(1, 6, 4, 12, 20, per_layer=True)),
+        Case(contexts=(700, 333, 32), queries=(49, 65, 32), heads=(12, 2), head_size=128,
+             block_size=32, scope=Scope(1, 3, 2, 6, 6)),
+        Case(contexts=(300, 17, 160), queries=(37, 17, 1), heads=(16, 2), sinks=True,
+             interleaved=True, query_scale=1.4),
+        Case(contexts=(900,), queries=(150,), heads=(8, 2), head_size=128, block_size=64,
+             spread=4.0, scope=Scope(1, 3, 2, 6, 6)),
     ]  # fmt: skip
 selecting = [case for case in DECODE + PREFILL if not case.scope.window]
 every = pytest.mark.parametrize("case", DECODE + PREFILL, ids=str)
@@ -140,6 +150,23 @@ def test_attend(case, dtype):
     exact = inputs.exact().attend(reference.attend, recalled)
     assert_as_accurate(actual, eager, exact)
     assert torch.equal(~actual.isnan().any(-1).any(-1).cpu(), inputs.written_rows())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="Hopper's kernel is not for the interpreter")
+def test_hopper_takes_full_tiles_and_leaves_the_rest(monkeypatch):
+    if attend.hopper_kernel(torch.device(DEVICE)) is None:
+        pytest.skip("needs Triton 3.6 on a Hopper GPU")
+    taken = []
+    for case in PREFILL:
+        inputs = case.build(torch.bfloat16, DEVICE)
+        inputs.write(kernels.write_kv)
+        with monkeypatch.context() as patch:
+            patch.setattr(attend, "attend_tile_kernel", collections.defaultdict(lambda: plain))
+            plain = unittest.mock.Mock()
+            inputs.attend(kernels.attend, inputs.recalled())
+            taken.append(not plain.called)
+    assert taken[10] and taken[13:] == [True] * 4  # Llama's heads and those listed behind
+    assert not any(taken[3:8])  # odd sizes, partial rotary, soft cap, window
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter has no fp8")
