@@ -25,7 +25,7 @@ from vllm_reattention.tiles import DecodeTiles, prefill_tiles
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
 ORDER = [
-    *("config", "metrics", "attention", "pages", "tiles", "compat", "rope", "proof"),
+    *("config", "metrics", "mass", "attention", "pages", "tiles", "compat", "rope", "proof"),
     *("metadata", "backend", "plan", "doctor", "__main__"),
 ]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}

@@ -247,6 +247,9 @@ def test_serve(folder):
     assert told("blocks_recalled_total") == (19 + 7) * 11
     assert told("context_tokens_count") == told("context_tokens_bucket", le="+Inf") == 1107
     assert told("context_tokens_sum") == 1107 * 1108 / 2
+    # Each of the two layers shows the two heads of a group in the first step that selects
+    assert told("recalled_share_count") >= 4
+    assert 0.1 < told("recalled_share_sum") / told("recalled_share_count") <= 1
     dashboard = (Path(__file__).parent.parent / "docs" / "grafana.json").read_text()
     assert set(re.findall(r"vllm:\w+", dashboard)) <= {sample.name for sample in samples}
     up_to = {128: 128, 512: 512, 1024: 1024, 2048: 1107}

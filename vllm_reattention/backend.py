@@ -257,6 +257,11 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             )
             if self.selects and not self.window:
                 recalled[index] = found
+                if attn_metadata.watch is not None:
+                    table, rest = attn_metadata.block_table, (self.scale, self.soft_cap)
+                    attn_metadata.watch(
+                        query, pages, table, tiles, found, scope, self.rotary, *rest
+                    )
         return output
 
     def _attend_fresh(
