@@ -11,7 +11,6 @@ from csrc_triton import kernels, reference
 from csrc_triton.layout import Pages, Scope
 from tests.cases import Case
 from vllm_reattention import attention, mass
-from vllm_reattention.metrics import SHARES, Counts
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -311,7 +310,8 @@ def test_samples_reach_the_host_without_waiting(monkeypatch):
     rng, shares = random.Random(0), []
     for _ in range(3):
         shares += mass.recalled_share(rng.randrange(2), *arguments).tolist()
-    samples, counts = mass.MassSamples(DEVICE), Counts("m", 0, 0)
+    edges, told = (0.3, 0.5, 1.0), []
+    samples = mass.MassSamples(edges, DEVICE)
     assert samples.is_due
     if ON_GPU:
         torch.cuda.set_sync_debug_mode("error")
@@ -323,20 +323,21 @@ def test_samples_reach_the_host_without_waiting(monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
     now[0] = 2 * mass.SECONDS
-    assert not samples.is_due and not counts["shares"]
-    for _ in range(2):
-        samples.collect(counts)
-        assert counts["shares"] == len(shares)
-        assert counts.record["shares_sum"][0] == pytest.approx(sum(shares))
-        up_to = [sum(share <= edge for share in shares) for edge in SHARES]
-        assert counts.record["shares_up_to"][0].tolist() == up_to and sum(up_to) > 0
-    assert samples.is_due
-    nothing = arguments[4].new_full(arguments[4].shape, -1)
-    samples.add(*arguments[:4], nothing, *arguments[5:])
     assert not samples.is_due
-    now[0] += 1
-    samples.collect(counts)
-    assert counts["shares"] == len(shares) and not samples.is_due
+    samples.collect(lambda *sums: told.append(sums))
+    samples.collect(None)  # which it need not call again
+    ((up_to, number, total),) = told
+    assert up_to == [sum(share <= edge for share in shares) for edge in edges]
+    assert number == len(shares) == sum(share <= 1 for share in shares)
+    assert total == pytest.approx(sum(shares)) and samples.is_due
+
+    nothing = torch.full_like(arguments[4], -1)
+    samples.add(*arguments[:4], nothing, *arguments[5:])
+    if ON_GPU:
+        torch.cuda.synchronize()
+    now[0] += mass.SECONDS / 2
+    samples.collect(lambda *sums: told.append(sums))
+    assert told[-1] == ([0] * len(edges), 0, 0) and not samples.is_due
 
 
 def shown(case: Case) -> tuple:

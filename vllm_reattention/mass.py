@@ -1,6 +1,7 @@
 """What share of the softmax was recalled: on some steps, and nobody waits for it."""
 
 import time
+from collections.abc import Callable, Sequence
 from random import Random
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from csrc_triton import reference
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
-from vllm_reattention.metrics import SHARES, Counts
 
 SECONDS = 10  # from one sample to the next
 TOKENS_AT_ONCE = 32768  # keys widened to fp32: 16 MiB for heads of 128
@@ -19,10 +19,10 @@ class MassSamples:
     and sends the sums so far to the host, where a later step finds them.
     """
 
-    def __init__(self, device: torch.device | str):
+    def __init__(self, edges: Sequence[float], device: torch.device | str):
         on_gpu = torch.device(device).type != "cpu"
-        self.edges = torch.tensor(SHARES, dtype=torch.float32, device=device)
-        self.sums = torch.zeros(len(SHARES) + 2, dtype=torch.float64, device=device)
+        self.edges = torch.tensor(edges, dtype=torch.float32, device=device)
+        self.sums = torch.zeros(len(edges) + 2, dtype=torch.float64, device=device)
         self.arrived = torch.zeros(len(self.sums), dtype=torch.float64, pin_memory=on_gpu)
         self.event = torch.cuda.Event() if on_gpu else None
         self.is_sent, self.next_at, self.random = False, 0.0, Random(0)
@@ -47,11 +47,11 @@ class MassSamples:
             self.event.record()
         self.is_sent, self.next_at = True, time.monotonic() + SECONDS
 
-    def collect(self, counts: Counts) -> None:
-        """What has arrived, in a step after the sampled one."""
+    def collect(self, tell: Callable[[list[float], float, float], None]) -> None:
+        """In a later step: how many shares lay up to each edge, how many in all, and their sum."""
         if self.is_sent and (self.event is None or self.event.query()):
             *up_to, number, total = self.arrived.tolist()
-            counts.add_shares(up_to, number, total)
+            tell(up_to, number, total)
             self.sums.zero_()
             self.is_sent = False
 

@@ -23,7 +23,7 @@ from csrc_triton.layout import Scope, Tiles
 from vllm_reattention import compat
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.mass import MassSamples
-from vllm_reattention.metrics import Counts
+from vllm_reattention.metrics import SHARES, Counts
 from vllm_reattention.tiles import DecodeTiles, FreshPrompts, fresh_prompts, prefill_tiles
 
 logger = init_logger("vllm.reattention")
@@ -81,7 +81,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 vllm_config.parallel_config.data_parallel_index,
                 vllm_config.parallel_config.rank,
             )
-            self.masses = MassSamples(device)
+            self.masses = MassSamples(SHARES, device)
 
     def _introduce(self, config: ReAttentionConfig, trained_window: int, every: int) -> None:
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
@@ -109,7 +109,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
     ) -> ReAttentionMetadata:
         metadata = self._build(common_attn_metadata)
         if self.counts is not None:
-            self.masses.collect(self.counts)
+            self.masses.collect(self.counts.add_shares)
             selected = self._count(self.counts, common_attn_metadata)
             # Not of single tokens alone: a CUDA graph replays what it captured, unwatched.
             if selected and self.masses.is_due and metadata.tiles[-1].max_length > 1:

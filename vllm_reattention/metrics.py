@@ -1,6 +1,6 @@
 """What was served, on vLLM's own /metrics.
 
-Workers count on the host, from lengths it knows and from what mass.py brings there, and keep their
+Workers count on the host, from lengths it knows and from what samples bring there, and keep their
 counts in mapped files of a directory that the server's process made and named in the environment. A
 collector there reads them when it is asked: no message, no lock, nothing waits for a GPU.
 """
@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 DIRECTORY = "REATTENTION_METRICS_DIR"  # made by us: not a setting
 EDGES = 2 ** np.arange(7, 23)  # of a histogram, in tokens: 128 to 4M
-SHARES = np.arange(1, 11) / 10  # of another
+SHARES = [n / 10 for n in range(1, 11)]  # of another
 PREFIX, OWNER = "reattention-", "owner"
 LOG_SECONDS = 60
 SUFFIX = ".counts"
@@ -162,7 +162,7 @@ class Collector:
         yield share
 
 
-def _buckets(edges: np.ndarray, up_to: np.ndarray, total: np.ndarray) -> list[tuple[str, int]]:
+def _buckets(edges: Iterable[float], up_to: np.ndarray, total: np.ndarray) -> list[tuple[str, int]]:
     counts = [(str(float(edge)), int(count)) for edge, count in zip(edges, up_to, strict=True)]
     return [*counts, ("+Inf", int(total))]
 
