@@ -23,7 +23,7 @@ class MassSamples:
         on_gpu = torch.device(device).type != "cpu"
         self.edges = torch.tensor(edges, dtype=torch.float32, device=device)
         self.sums = torch.zeros(len(edges) + 2, dtype=torch.float64, device=device)
-        self.arrived = torch.zeros(len(self.sums), dtype=torch.float64, pin_memory=on_gpu)
+        self.arrived = torch.zeros_like(self.sums, device="cpu", pin_memory=on_gpu)
         self.event = torch.cuda.Event() if on_gpu else None
         self.is_sent, self.next_at, self.random = False, 0.0, Random(0)
 
