@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-gpu demo
+.PHONY: test test-gpu sanitize demo
 
 test: $(BIN)/pytest
 	$(BIN)/ruff check
@@ -12,6 +12,9 @@ test: $(BIN)/pytest
 
 test-gpu: $(BIN)/pytest
 	$(BIN)/python -m pytest -m gpu $$($(BIN)/python -c "import xdist; print('-n 8')" 2>/dev/null)
+
+sanitize: $(BIN)/pytest
+	$(BIN)/python -m pytest -rs tests/test_sanitizer.py
 
 demo: $(BIN)/pytest
 	$(BIN)/python -m benchmarks.demo

@@ -1,9 +1,12 @@
 """Tiny models with random weights, one for every way a model rotates. No network, no tokenizer.
 
 python -m tests.make_models FOLDER [NAME ...]
+
+They are the rows of the README's table of models; without a FOLDER it is written anew.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+README = Path(__file__).parent.parent / "README.md"
+TABLE = re.compile(r"\| rotary embedding .*\n(\|.*\n)+")  # in it
 WINDOW = 512  # positions every model is "trained" on
 SIZES = dict(
     vocab_size=512,
@@ -30,6 +35,7 @@ SIZES = dict(
 )
 GPT_SIZES = dict(vocab_size=512, bos_token_id=1, eos_token_id=2)
 ALTERNATING = dict(sliding_window=48, layer_types=["sliding_attention", "full_attention"])
+REFUSED = "refused"
 YARN = dict(factor=4.0, original_max_position_embeddings=WINDOW // 4)
 
 
@@ -57,77 +63,104 @@ def _gemma3():
     )
 
 
-# name: configuration class, what differs from SIZES
-MODELS = {
-    "llama": ("LlamaConfig", {}),
-    "llama3rope": ("LlamaConfig", _llama3()),
-    "yarn": ("LlamaConfig", rope("yarn", **YARN)),
-    "dynamic_ntk": ("LlamaConfig", rope("dynamic", factor=2.0)),
-    "qwen3": ("Qwen3Config", {}),
-    "qwen3moe": (
-        "Qwen3MoeConfig",
-        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1),
-    ),
-    "mistral": ("MistralConfig", dict(sliding_window=None)),
-    "longrope": ("Phi3Config", dict(hidden_size=128) | _longrope()),
-    "gemma2": (
-        "Gemma2Config",
-        dict(tie_word_embeddings=True, sliding_window=48, query_pre_attn_scalar=32),
-    ),
-    "gemma3": ("Gemma3TextConfig", dict(query_pre_attn_scalar=32) | ALTERNATING | _gemma3()),
-    "cohere2": ("Cohere2Config", dict(tie_word_embeddings=True) | ALTERNATING),
-    "exaone4": ("Exaone4Config", dict(sliding_window_pattern="LG") | ALTERNATING),
-    "gptoss": (
-        "GptOssConfig",
-        dict(num_local_experts=4, num_experts_per_tok=2)
-        | ALTERNATING
-        | rope("yarn", 1.5e5, **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False),
-    ),
-    "glm4": ("Glm4Config", dict(partial_rotary_factor=0.5)),
-    "gptj": (
-        "GPTJConfig",
-        dict(n_embd=128, n_layer=2, n_head=4, n_positions=WINDOW, rotary_dim=16),
-    ),
-    "granite": ("GraniteConfig", dict(attention_multiplier=0.2)),
-    # through vLLM's Transformers backend
-    "smollm3": ("SmolLM3Config", dict(no_rope_layers=[1, 0])),
-    "olmo2": ("Olmo2Config", {}),
-    "gptneox": (
-        "GPTNeoXConfig",
-        dict(
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=WINDOW,
-            rotary_pct=0.25,
+# By what the README's table calls their rotary embedding, then by name: what the table calls the
+# model, its configuration class, what differs from SIZES
+KINDS = {
+    "plain": {
+        "llama": ("Llama", "LlamaConfig", {}),
+        "mistral": ("Mistral", "MistralConfig", dict(sliding_window=None)),
+        "qwen3": ("Qwen3", "Qwen3Config", {}),
+        "qwen3moe": (
+            "Qwen3-MoE",
+            "Qwen3MoeConfig",
+            dict(
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                decoder_sparse_step=1,
+            ),
         ),
-    ),
-    # cannot be served
-    "hunyuan": ("HunYuanDenseV1Config", dict(use_qk_norm=True)),  # norms after rotating
-    "bloom": ("BloomConfig", dict(hidden_size=128, n_layer=2, n_head=4)),  # ALiBi
-    "deepseek": (  # MLA
-        "DeepseekV2Config",
-        dict(
-            kv_lora_rank=32,
-            q_lora_rank=None,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
-            v_head_dim=32,
-            first_k_dense_replace=2,
-            n_routed_experts=4,
+        "granite": ("Granite", "GraniteConfig", dict(attention_multiplier=0.2)),
+    },
+    "Llama 3": {"llama3rope": ("Llama", "LlamaConfig", _llama3())},
+    "YaRN": {"yarn": ("Llama", "LlamaConfig", rope("yarn", **YARN))},
+    "dynamic NTK": {"dynamic_ntk": ("Llama", "LlamaConfig", rope("dynamic", factor=2.0))},
+    "longrope": {"longrope": ("Phi-3", "Phi3Config", dict(hidden_size=128) | _longrope())},
+    "partial and interleaved": {
+        "glm4": ("GLM-4", "Glm4Config", dict(partial_rotary_factor=0.5)),
+        "gptj": (
+            "GPT-J",
+            "GPTJConfig",
+            dict(n_embd=128, n_layer=2, n_head=4, n_positions=WINDOW, rotary_dim=16),
         ),
-    ),
-    "mrope": (
-        "Qwen2Config",
-        rope("default", mrope_section=[4, 6, 6]),
-    ),
+    },
+    "with sliding-window layers (served exactly, with no selection)": {
+        "gemma2": (
+            "Gemma 2",
+            "Gemma2Config",
+            dict(tie_word_embeddings=True, sliding_window=48, query_pre_attn_scalar=32),
+        ),
+        "gemma3": (
+            "Gemma 3",
+            "Gemma3TextConfig",
+            dict(query_pre_attn_scalar=32) | ALTERNATING | _gemma3(),
+        ),
+        "cohere2": ("Cohere 2", "Cohere2Config", dict(tie_word_embeddings=True) | ALTERNATING),
+        "exaone4": ("EXAONE 4", "Exaone4Config", dict(sliding_window_pattern="LG") | ALTERNATING),
+    },
+    "with attention sinks and sliding windows": {
+        "gptoss": (
+            "gpt-oss",
+            "GptOssConfig",
+            dict(num_local_experts=4, num_experts_per_tok=2)
+            | ALTERNATING
+            | rope("yarn", 1.5e5, **YARN, beta_fast=32.0, beta_slow=1.0, truncate=False),
+        ),
+    },
+    "through vLLM's Transformers backend": {
+        "smollm3": ("SmolLM3 (NoPE layers)", "SmolLM3Config", dict(no_rope_layers=[1, 0])),
+        "olmo2": ("OLMo 2", "Olmo2Config", {}),
+        "gptneox": (
+            "GPT-NeoX",
+            "GPTNeoXConfig",
+            dict(
+                hidden_size=128,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=WINDOW,
+                rotary_pct=0.25,
+            ),
+        ),
+    },
+    REFUSED: {
+        "hunyuan": (
+            "HunYuan (norms after the rotation)",
+            "HunYuanDenseV1Config",
+            dict(use_qk_norm=True),
+        ),
+        "bloom": ("BLOOM (ALiBi)", "BloomConfig", dict(hidden_size=128, n_layer=2, n_head=4)),
+        "deepseek": (
+            "DeepSeek-V2 (MLA)",
+            "DeepseekV2Config",
+            dict(
+                kv_lora_rank=32,
+                q_lora_rank=None,
+                qk_nope_head_dim=32,
+                qk_rope_head_dim=32,
+                v_head_dim=32,
+                first_k_dense_replace=2,
+                n_routed_experts=4,
+            ),
+        ),
+        "mrope": ("Qwen2 with mRoPE", "Qwen2Config", rope("default", mrope_section=[4, 6, 6])),
+    },
 }
-REFUSED = {"hunyuan", "bloom", "deepseek", "mrope"}
+MODELS = {name: model for kind in KINDS.values() for name, model in kind.items()}
 
 
 def configuration(name: str) -> PreTrainedConfig:
-    class_name, different = MODELS[name]
+    _, class_name, different = MODELS[name]
     sizes = GPT_SIZES if class_name in ("GPTJConfig", "GPTNeoXConfig", "BloomConfig") else SIZES
     return getattr(transformers, class_name)(**(sizes | different))
 
@@ -183,6 +216,16 @@ def make_tokenizer(path: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
 
 
+def readme_table() -> str:
+    rows = [(kind, ", ".join(shown for shown, *_ in KINDS[kind].values())) for kind in KINDS]
+    lines = [f"| {kind} | {models} |\n" for kind, models in rows]
+    return "".join(["| rotary embedding | tested with |\n", "|---|---|\n", *lines])
+
+
 if __name__ == "__main__":
-    for model_name in sys.argv[2:] or MODELS:
-        print(make(model_name, Path(sys.argv[1])))
+    folder, *names = sys.argv[1:] or [""]
+    if not folder:
+        README.write_text(TABLE.sub(lambda _: readme_table(), README.read_text()))
+        sys.exit()
+    for model_name in names or MODELS:
+        print(make(model_name, Path(folder)))

@@ -81,8 +81,19 @@ def test_plan_knows_sliding_windows(plan):
 
 
 def test_plan_refuses_what_cannot_be_served(plan, engine):
-    status, text = plan(LLAMA_8B, "--max-model-len", 2048, "--gpus", 3)
-    assert status == 2 and text.endswith("--gpus must divide the 32 query heads, got 3\n")
+    """Nor do numbers that mean nothing get a plan."""
+    for words, says in (
+        (("2048", "--gpus", 3), "--gpus must divide the 32 query heads, and divide the 8 KV heads"),
+        (("2048", "--gpus", 0), "or be a multiple of them, got 0"),
+        (("-1",), "--max-model-len must be a positive number, got -1"),
+        (("2048", "--gpu-memory", -3), "--gpu-memory must be positive, got -3"),
+    ):
+        status, text = plan(LLAMA_8B, "--max-model-len", *words)
+        assert status == 2 and says in text.splitlines()[-1]
+    status, text = plan(
+        LLAMA_8B | dict(num_key_value_heads=3), "--max-model-len", 2048, "--gpus", 2
+    )
+    assert status == 2 and "the 3 KV heads or be a multiple of them, got 2" in text
     status, text = engine(engines.command, "plan", "no/such-model", "--max-model-len", 2048)
     assert status == 2 and text
 

@@ -12,7 +12,7 @@ import torch
 from csrc_triton import attend, kernels, reference
 from csrc_triton.layout import Pages, Scope
 from tests.cases import Case
-from vllm_reattention import attention
+from vllm_reattention import attention, mass
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -186,6 +186,8 @@ def test_fp8_cache(case):
     actual = inputs.attend(kernels.attend, recalled)
     eager = inputs.attend(reference.attend, recalled)
     assert_as_accurate(actual, eager, inputs.exact().attend(reference.attend, recalled))
+    *given, scope, rotary, scale = twin.score_args()
+    assert mass.recalled_share(1, *given, recalled, scope, rotary, scale).max() <= 1
 
 
 @pytest.mark.skipif(not ON_GPU, reason="too many for the interpreter")
@@ -298,6 +300,80 @@ def test_heads_of_a_layer_recall_what_they_need_together(candidates, monkeypatch
         is_recalled = torch.isin(torch.arange(len(together)), first[tile].cpu())
         worst, best = together[is_recalled].min(), together[~is_recalled].max()
         assert worst >= best - 1e-3
+
+
+SHARED = [DECODE[0], DECODE[2], DECODE[3], DECODE[4], PREFILL[0], PREFILL[-1]]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_what_share_was_recalled(case, monkeypatch):
+    """Against the softmax over keys as they were made, of the last tile that recalls."""
+    monkeypatch.setattr(mass, "TOKENS_AT_ONCE", 100)  # some blocks at a time
+    inputs, recalled, arguments = shown(case)
+    scope, size = case.scope, case.block_size
+    tile = int((recalled[:, 0, 0] >= 0).nonzero()[-1])
+    assert tile < len(recalled) - 1  # there are others behind it, which recall nothing
+    request, row, length, position = (int(column[tile]) for column in inputs.tiles[:4])
+    first = sum(case.contexts[:request])
+    local = position // size - scope.local_blocks + 1
+    assert local > scope.global_blocks + scope.recall_blocks
+    keys = inputs.key[first + scope.global_blocks * size : first + local * size].double()
+    group = case.heads[0] // case.heads[1]
+    for head in range(case.heads[1]):
+        blocks = recalled[tile, min(head, recalled.shape[1] - 1)].long() - scope.global_blocks
+        for other, share in enumerate(mass.recalled_share(head, *arguments).tolist()):
+            logits = keys[:, head] @ inputs.query[row + length - 1, head * group + other].double()
+            logits *= inputs.scale * case.query_scale
+            if case.soft_cap:
+                logits = case.soft_cap * (logits / case.soft_cap).tanh()
+            exact = logits.softmax(0).unflatten(0, (-1, size)).sum(1)[blocks].sum()
+            assert share == pytest.approx(float(exact), rel=5e-3) and share < 1
+
+
+def test_samples_reach_the_host_without_waiting(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(mass.time, "monotonic", lambda: now[0])
+    *_, arguments = shown(DECODE[0])
+    rng, shares = random.Random(0), []
+    for _ in range(3):
+        shares += mass.recalled_share(rng.randrange(2), *arguments).tolist()
+    edges, told = (0.3, 0.5, 1.0), []
+    samples = mass.MassSamples(edges, DEVICE)
+    assert samples.is_due
+    if ON_GPU:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):  # layers of a step
+            samples.add(*arguments)
+    finally:
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+    now[0] = 2 * mass.SECONDS
+    assert not samples.is_due
+    samples.collect(lambda *sums: told.append(sums))
+    samples.collect(None)  # which it need not call again
+    ((up_to, number, total),) = told
+    assert up_to == [sum(share <= edge for share in shares) for edge in edges]
+    assert number == len(shares) == sum(share <= 1 for share in shares)
+    assert total == pytest.approx(sum(shares)) and samples.is_due
+
+    nothing = torch.full_like(arguments[4], -1)
+    samples.add(*arguments[:4], nothing, *arguments[5:])
+    if ON_GPU:
+        torch.cuda.synchronize()
+    now[0] += mass.SECONDS / 2
+    samples.collect(lambda *sums: told.append(sums))
+    assert told[-1] == ([0] * len(edges), 0, 0) and not samples.is_due
+
+
+def shown(case: Case) -> tuple:
+    """Inputs, what they recall, and what a sample is made of."""
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    *given, scope, rotary, scale = inputs.score_args()
+    recalled = inputs.recalled()
+    return inputs, recalled, (*given, recalled, scope, rotary, scale, case.soft_cap)
 
 
 @pytest.mark.parametrize("case", [DECODE[0], DECODE[-1], PREFILL[0], PREFILL[-1]], ids=str)

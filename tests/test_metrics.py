@@ -90,6 +90,15 @@ def test_workers_stand_apart_and_one_started_anew_goes_on(folder):
     assert [buckets[(*first, edge)] for edge in ("128.0", "256.0", "+Inf")] == [10, 11, 12]
 
 
+def test_shares_add_up_over_workers_started_anew(folder):
+    for up_to in ([0] * 9 + [2], [0] * 4 + [3] * 6):
+        metrics.Counts("m", 0, 0).add_shares(up_to, up_to[-1], up_to[-1] / 2)
+    labels = ("m", "0", "0")
+    buckets = read("recalled_share_bucket")
+    assert [buckets[(*labels, edge)] for edge in ("0.4", "0.5", "1.0", "+Inf")] == [0, 3, 5, 5]
+    assert read("recalled_share_sum") == {labels: 2.5}
+
+
 def test_one_server_and_several_tell_the_same(folder, monkeypatch):
     monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry(auto_describe=True))
     monkeypatch.setattr(MultiProcessCollector, "collect", MultiProcessCollector.collect)

@@ -25,7 +25,7 @@ from vllm_reattention.tiles import DecodeTiles, prefill_tiles
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
 ORDER = [
-    *("config", "metrics", "attention", "pages", "tiles", "compat", "rope", "proof"),
+    *("config", "metrics", "mass", "attention", "pages", "tiles", "compat", "rope", "proof"),
     *("metadata", "backend", "plan", "doctor", "__main__"),
 ]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
@@ -223,6 +223,35 @@ def test_layers_without_a_window_share_selections(windows, first, selecting):
         for place, impl in enumerate(impls.values())
         if impl.selects and not impl.window
     ]
+
+
+@pytest.mark.parametrize(
+    "different",
+    [{}, dict(window=64), dict(num_heads=8), dict(soft_cap=30.0), dict(rotary=object())],
+)
+def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm_reattention import backend
+
+    alike = dict(
+        num_heads=4, num_kv_heads=2, head_size=32, soft_cap=0.0, sinks=None, scale=1.0, window=0,
+        flash_attention=None, trained_window=512, max_model_len=2048, kv_cache_dtype="auto",
+        rotary=object(), config=ReAttentionConfig(), cache_config=SimpleNamespace(block_size=32),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+    )  # fmt: skip
+    layers, done = {"mamba": SimpleNamespace()}, []
+    for index, changed in enumerate(({}, {}, different, {}, different)):
+        impl = object.__new__(backend.ReAttentionImpl)
+        vars(impl).update(alike | changed, layers=layers)
+        layers[f"layers.{index}"] = SimpleNamespace(impl=impl)
+
+    monkeypatch.setattr(backend, "warm_up", lambda *given: done.append((len(given[0]), index)))
+    for rows in (8, 64, 64):  # vLLM may run more than once, and measure anew each time
+        query = torch.empty(rows, 4, 32, device="meta")
+        for index in range(5):
+            layers[f"layers.{index}"].impl._warm_up(query, query)
+    kinds = (0, 2) if different else (0,)
+    assert done == [(rows, first) for rows in (8, 64, 64) for first in kinds]
 
 
 def test_recalling_nothing():

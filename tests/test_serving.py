@@ -11,10 +11,26 @@ pytest.importorskip("vllm")
 
 from benchmarks.server import serve, total
 from tests import engines
-from tests.make_models import MODELS, REFUSED, WINDOW, make, make_tokenizer
+from tests.make_models import (
+    KINDS,
+    MODELS,
+    README,
+    REFUSED,
+    TABLE,
+    WINDOW,
+    make,
+    make_tokenizer,
+    readme_table,
+)
 
 pytestmark = pytest.mark.vllm
-SERVED = [name for name in MODELS if name not in REFUSED]
+SERVED = [name for name in MODELS if name not in KINDS[REFUSED]]
+WHY_REFUSED = {
+    "hunyuan": "must be rotated last ... choose another attention backend for this model",
+    "bloom": "got ALiBi slopes; choose another attention backend",
+    "deepseek": "an MLA model keeps latents; choose another attention backend",
+    "mrope": "got the three of mRoPE ... serve a text-only model of the family or choose",
+}
 RANDOM = random.Random(0)
 SHORT, LONG = [
     [[RANDOM.randrange(3, 500) for _ in range(length)] for length in lengths]
@@ -23,6 +39,11 @@ SHORT, LONG = [
 # Small enough to leave blocks out within some hundred tokens
 SIZES = dict(local_size=96, recall_size=64, dense_limit=192)
 SMALL = dict(additional_config={"reattention": SIZES})
+
+
+def test_the_readme_has_these_models_and_no_others():
+    (table,) = (found[0] for found in TABLE.finditer(README.read_text()))
+    assert table == readme_table(), "python -m tests.make_models writes the README's table anew"
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -143,10 +164,7 @@ def test_other_caches_run(options, folder, engine):
             dict(additional_config={"reattention": dict(local_size=8192)}),
             "must fit in the trained window of 512 tokens, got 32 + 0 + 8192 = 8224; make",
         ),
-        ("deepseek", {}, "an MLA model keeps latents; choose another attention backend"),
-        ("bloom", {}, "got ALiBi slopes; choose another attention backend"),
-        ("mrope", {}, "got the three of mRoPE ... serve a text-only model of the family or choose"),
-        ("hunyuan", {}, "must be rotated last ... choose another attention backend for this model"),
+        *((name, {}, WHY_REFUSED[name]) for name in KINDS[REFUSED]),
         ("llama", dict(kv_cache_dtype="fp8_e5m2"), "--kv-cache-dtype must be one of auto"),
         (
             "llama",
@@ -229,6 +247,9 @@ def test_serve(folder):
     assert told("blocks_recalled_total") == (19 + 7) * 11
     assert told("context_tokens_count") == told("context_tokens_bucket", le="+Inf") == 1107
     assert told("context_tokens_sum") == 1107 * 1108 / 2
+    # Each of the two layers shows the two heads of a group in the first step that selects
+    assert told("recalled_share_count") >= 4
+    assert 0.1 < told("recalled_share_sum") / told("recalled_share_count") <= 1
     dashboard = (Path(__file__).parent.parent / "docs" / "grafana.json").read_text()
     assert set(re.findall(r"vllm:\w+", dashboard)) <= {sample.name for sample in samples}
     up_to = {128: 128, 512: 512, 1024: 1024, 2048: 1107}

@@ -1,5 +1,6 @@
 """What vLLM asks of an attention backend, and what it calls."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
@@ -194,11 +195,9 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
 
     def _shared_rotary(self, rope: Rope) -> Rotary | None:
         """That of an earlier layer with the same rotary embedding: tables are large."""
-        for layer in self.layers.values():
-            other = getattr(layer, "impl", None)
+        for other in self._of_all_layers():
             if (
-                isinstance(other, ReAttentionImpl)
-                and other.rope is not None
+                other.rope is not None
                 and len(other.rotary.cos_sin) == self._num_positions()
                 and other.rope.interleaved == rope.interleaved
                 and other.rope.magnitude == rope.magnitude
@@ -206,6 +205,10 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             ):
                 return other.rotary
         return None
+
+    def _of_all_layers(self) -> Iterator["ReAttentionImpl"]:
+        impls = (getattr(layer, "impl", None) for layer in self.layers.values())
+        return (impl for impl in impls if isinstance(impl, ReAttentionImpl))
 
     def do_kv_cache_update(
         self, layer: Attention, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -257,6 +260,11 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             )
             if self.selects and not self.window:
                 recalled[index] = found
+                if attn_metadata.watch is not None:
+                    table, rest = attn_metadata.block_table, (self.scale, self.soft_cap)
+                    attn_metadata.watch(
+                        query, pages, table, tiles, found, scope, self.rotary, *rest
+                    )
         return output
 
     def _attend_fresh(
@@ -286,9 +294,22 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         scales = layer._k_scale_float, layer._v_scale_float
         return pages_of(kv_cache, self.head_size, self.summary_dtype, scales)
 
+    @property
+    def kind(self) -> tuple:
+        """Layers for which this is equal compile the same kernels and take the same memory."""
+        heads = self.num_heads, self.num_kv_heads, self.head_size
+        has = self.soft_cap > 0, self.sinks is not None, self.flash_attention is not None
+        lengths = self.window, self.trained_window, self.max_model_len
+        return *heads, *has, *lengths, self.kv_cache_dtype, id(self.rotary)
+
     def _warm_up(self, query: Tensor, key: Tensor) -> None:
-        """In the profile run: compile every kernel, and let vLLM see the most memory they take."""
+        """In the profile run: compile every kernel, and let vLLM see the most memory they take.
+
+        Once in each run for layers that are alike: the others would do the same again.
+        """
         if query.device.type == "cpu":
+            return
+        if next(impl for impl in self._of_all_layers() if impl.kind == self.kind) is not self:
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
         scope = self.config.resolve(self.trained_window, block_size)

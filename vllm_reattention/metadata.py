@@ -1,5 +1,6 @@
 """vLLM's metadata, once per step, as tiles."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +22,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from csrc_triton.layout import Scope, Tiles
 from vllm_reattention import compat
 from vllm_reattention.config import ReAttentionConfig
-from vllm_reattention.metrics import Counts
+from vllm_reattention.mass import MassSamples
+from vllm_reattention.metrics import SHARES, Counts
 from vllm_reattention.tiles import DecodeTiles, FreshPrompts, fresh_prompts, prefill_tiles
 
 logger = init_logger("vllm.reattention")
@@ -35,6 +37,7 @@ class ReAttentionMetadata:
     fresh: FreshPrompts | None  # instead of prefill tiles
     # By index of `tiles`: what the last layer that selects recalled, for those behind it.
     recalled: dict[int, Tensor] = field(default_factory=dict)
+    watch: Callable[..., None] | None = None  # shown what a layer recalled
 
 
 class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
@@ -78,6 +81,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 vllm_config.parallel_config.data_parallel_index,
                 vllm_config.parallel_config.rank,
             )
+            self.masses = MassSamples(SHARES, device)
 
     def _introduce(self, config: ReAttentionConfig, trained_window: int, every: int) -> None:
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
@@ -103,9 +107,14 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> ReAttentionMetadata:
+        metadata = self._build(common_attn_metadata)
         if self.counts is not None:
-            self._count(self.counts, common_attn_metadata)
-        return self._build(common_attn_metadata)
+            self.masses.collect(self.counts.add_shares)
+            selected = self._count(self.counts, common_attn_metadata)
+            # Not of single tokens alone: a CUDA graph replays what it captured, unwatched.
+            if selected and self.masses.is_due and metadata.tiles[-1].max_length > 1:
+                metadata.watch = self.masses.add
+        return metadata
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -144,18 +153,21 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         table = step.block_table_tensor[:, :max_blocks]
         return ReAttentionMetadata(self.scope, tiles, table, fresh)
 
-    def _count(self, counts: Counts, step: CommonAttentionMetadata) -> None:
+    def _count(self, counts: Counts, step: CommonAttentionMetadata) -> int:
+        """Returns how many query tokens select, as far as the host knows."""
         if step.seq_lens_cpu_upper_bound is None:
             logger.warning_once(
                 "ReAttention: the host does not know how long some requests are; steps with such "
                 "are missing from vllm:reattention_* on /metrics, not from what is served"
             )
-            return
+            return 0
         seq_lens, num_tokens = _host_lengths(step)
         num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
         block_size, scope = self.block_size, self.scope
         dense_limit = scope.dense_blocks * block_size
-        counts.add(seq_lens, num_tokens, num_decodes, dense_limit, block_size, scope.recall_blocks)
+        return counts.add(
+            seq_lens, num_tokens, num_decodes, dense_limit, block_size, scope.recall_blocks
+        )
 
 
 def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """What was served, on vLLM's own /metrics.
 
-Workers count on the host, from lengths it knows, and keep their counts in mapped files of a
-directory that the server's process made and named in the environment. A collector there reads them
-when it is asked: no message, no lock, nothing waits for a GPU.
+Workers count on the host, from lengths it knows and from what samples bring there, and keep their
+counts in mapped files of a directory that the server's process made and named in the environment. A
+collector there reads them when it is asked: no message, no lock, nothing waits for a GPU.
 """
 
 import atexit
@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.multiprocess import MultiProcessCollector
 
 DIRECTORY = "REATTENTION_METRICS_DIR"  # made by us: not a setting
-EDGES = 2 ** np.arange(7, 23)  # of the histogram, in tokens: 128 to 4M
+EDGES = 2 ** np.arange(7, 23)  # of a histogram, in tokens: 128 to 4M
+SHARES = [n / 10 for n in range(1, 11)]  # of another
 PREFIX, OWNER = "reattention-", "owner"
 LOG_SECONDS = 60
 SUFFIX = ".counts"
@@ -38,6 +39,9 @@ RECORD = np.dtype(
         ("blocks_recalled", np.int64),
         ("context_up_to", np.int64, len(EDGES)),  # rows with so many keys or fewer
         ("context_sum", np.int64),
+        ("shares_up_to", np.int64, len(SHARES)),  # so much or less of the softmax
+        ("shares", np.int64),
+        ("shares_sum", np.float64),
     ]
 )
 COUNTERS = {
@@ -46,6 +50,11 @@ COUNTERS = {
     "blocks_recalled": "Blocks recalled for a KV head of a layer, one set per tile of queries.",
 }
 CONTEXT = "Query tokens by the keys before them, themselves included."
+SHARE = (
+    "Sampled query heads by their share of the softmax in recalled blocks: of the softmax without "
+    "positions over all blocks between global and local, for one query and KV head of each layer "
+    "that selects."
+)
 LABELS = ("model_name", "engine", "worker")
 
 logger = logging.getLogger("vllm.reattention")
@@ -78,8 +87,8 @@ class Counts:
         dense_limit: int,
         block_size: int,
         recall_blocks: int,
-    ) -> None:
-        """A step.
+    ) -> int:
+        """A step; returns how many of its query tokens select.
 
         seq_lens     [num_requests] int64, with the step's tokens
         num_tokens   [num_requests] int64, of the step
@@ -97,6 +106,14 @@ class Counts:
         record["context_up_to"] += (EDGES - context[:, None]).clip(0, num_tokens[:, None]).sum(0)
         record["context_sum"] += (num_tokens * (context + seq_lens + 1) // 2).sum()
         self._tell()
+        return int(selected.sum())
+
+    def add_shares(self, up_to: list[float], number: float, total: float) -> None:
+        """A sampled step: how many shares are up to each of SHARES, how many in all, their sum."""
+        record = self.record[0]
+        record["shares_up_to"] += np.array(up_to, dtype=np.int64)
+        record["shares"] += int(number)
+        record["shares_sum"] += total
 
     def _tell(self) -> None:
         """A line in the log a minute at most, from one worker of each engine."""
@@ -126,7 +143,7 @@ class Collector:
         for path in Path(os.environ[DIRECTORY]).glob("*" + SUFFIX):
             (new,) = np.fromfile(path, RECORD)
             labels = new["model_name"].decode(), str(new["engine"]), str(new["worker"])
-            for name in (*COUNTERS, "context_up_to", "context_sum"):
+            for name in set(RECORD.names or ()) - set(LABELS):
                 records[labels][name] += new[name]
         for name, about in COUNTERS.items():
             counter = CounterMetricFamily(f"vllm:reattention_{name}", about, labels=LABELS)
@@ -134,15 +151,20 @@ class Collector:
                 counter.add_metric(labels, int(record[name]))
             yield counter
         context = HistogramMetricFamily("vllm:reattention_context_tokens", CONTEXT, labels=LABELS)
+        share = HistogramMetricFamily("vllm:reattention_recalled_share", SHARE, labels=LABELS)
         for labels, record in records.items():
-            rows = int(record["rows_selected"] + record["rows_dense"])
-            buckets = [
-                (str(float(edge)), int(count))
-                for edge, count in zip(EDGES, record["context_up_to"], strict=True)
-            ]
-            buckets.append(("+Inf", rows))
+            rows = record["rows_selected"] + record["rows_dense"]
+            buckets = _buckets(EDGES, record["context_up_to"], rows)
             context.add_metric(labels, buckets, int(record["context_sum"]))
+            buckets = _buckets(SHARES, record["shares_up_to"], record["shares"])
+            share.add_metric(labels, buckets, float(record["shares_sum"]))
         yield context
+        yield share
+
+
+def _buckets(edges: Iterable[float], up_to: np.ndarray, total: np.ndarray) -> list[tuple[str, int]]:
+    counts = [(str(float(edge)), int(count)) for edge, count in zip(edges, up_to, strict=True)]
+    return [*counts, ("+Inf", int(total))]
 
 
 def _make_directory() -> str:

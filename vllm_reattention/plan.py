@@ -36,6 +36,12 @@ class Shape(NamedTuple):
     head_size: int
     dtype_size: int
 
+    def splits_over(self, gpus: int) -> bool:
+        """As vLLM splits heads: KV heads that do not divide must be copied evenly."""
+        if gpus < 1 or self.num_heads % gpus:
+            return False
+        return not (self.num_kv_heads % gpus and gpus % self.num_kv_heads)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -140,7 +146,7 @@ class Plan:
             found.append(f"--max-model-len {self.longest}")
         for fp8 in (self.fp8, True):
             gpus = self.gpus
-            while gpus <= MOST_GPUS and self.shape.num_heads % gpus == 0:
+            while gpus <= MOST_GPUS and self.shape.splits_over(gpus):
                 other = replace(self, gpus=gpus, fp8=fp8)
                 if other.fits:
                     found.append(f"--gpus {gpus}" + (" --kv-cache-dtype fp8" if fp8 else ""))
@@ -153,6 +159,10 @@ def make(
     model: str, max_model_len: int, gpus: int, kv_cache_dtype: str, gpu_bytes: int | None
 ) -> Plan:
     """Reads the model's configuration; weights only as sizes of files."""
+    if max_model_len < 1:
+        raise ValueError(f"--max-model-len must be a positive number, got {max_model_len}")
+    if gpu_bytes is not None and gpu_bytes < 1:
+        raise ValueError(f"--gpu-memory must be positive, got {gpu_bytes / GIB:g}")
     config = compat.model_config(model, max_model_len, kv_cache_dtype)
     text, sizes = config.hf_text_config, config.model_arch_config
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
@@ -171,8 +181,11 @@ def make(
         head_size=config.get_head_size(),
         dtype_size=config.dtype.itemsize,
     )
-    if shape.num_heads % gpus:
-        raise ValueError(f"--gpus must divide the {shape.num_heads} query heads, got {gpus}")
+    if not shape.splits_over(gpus):
+        raise ValueError(
+            f"--gpus must divide the {shape.num_heads} query heads, and divide the "
+            f"{shape.num_kv_heads} KV heads or be a multiple of them, got {gpus}"
+        )
     scope = ReAttentionConfig().resolve(shape.trained_window, compat.BLOCK_SIZES[0])
     fp8 = kv_cache_dtype.startswith("fp8")
     return Plan(model, shape, scope, max_model_len, gpus, fp8, gpu_bytes)
