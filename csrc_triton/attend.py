@@ -79,7 +79,7 @@ def attend(
     early = early_launch(query.device)
     if tiles.max_length > 1:
         max_rows = tiles.max_length * group
-        hopper = hopper_kernel(query.device)
+        hopper = for_hopper(query.device)
         if hopper and _hopper_takes(query, pages, rotary, scope, max_rows, soft_cap):
             for flag in ("WINDOW", "HAS_CAP", "PAD_HEAD"):
                 del fixed[flag]
@@ -134,7 +134,7 @@ def attend(
 
 
 @functools.cache
-def hopper_kernel(device: torch.device):
+def for_hopper(device: torch.device):
     """The kernel in Gluon, on the GPUs and in the Triton it was written for; else None."""
     if device.type == "cuda" and not torch.version.hip and triton.__version__.startswith("3.6."):
         if torch.cuda.get_device_capability(device)[0] == 9:

@@ -62,10 +62,11 @@ def stray() -> None:
 
 def launch_everything() -> None:
     """Small batches, pages that nobody may touch among them, through every kernel there is."""
-    from csrc_triton import kernels
+    from csrc_triton import attend, kernels
     from tests.test_kernels import DECODE, DEVICE, PREFILL
     from vllm_reattention import attention
 
+    attend.for_hopper(torch.device(DEVICE))  # imports its kernel where there is one to use
     launched, all_of_them = set(), set()
 
     class Counted:
@@ -80,9 +81,10 @@ def launch_everything() -> None:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             all_of_them.add(name)
             setattr(module, name, Counted(name, getattr(module, name)))
+    attend.for_hopper.cache_clear()
 
     attention.stages = lambda _: kernels
-    cases = [DECODE[i] for i in (0, 1, 2, 9)] + [PREFILL[i] for i in (0, 2, 4, 6)]
+    cases = [DECODE[i] for i in (0, 1, 2, 9)] + [PREFILL[i] for i in (0, 2, 4, 6, 8)]
     batches = [(case, torch.float16) for case in cases]
     batches += [(case, torch.float8_e4m3fn) for case in (DECODE[0], PREFILL[0])]
     for case, cache_dtype in batches:
