@@ -25,6 +25,8 @@ centroid    the highest logit of the mean of a block's keys, of any row of the t
             quest take the scorer "refined", as logits of several heads do not add up
 spread      with half of a block's share given to each of its neighbours too
 recent      with shares that grow along the text, to twice what they are at its end
+remembers   while the answer is written, with what the tokens before it found in any layer: the mean
+            over layers that select, REMEMBERED of it a token later; from the prompt's last tile on
 oracle      with the needle's blocks in the place of the last recalled
 """
 
@@ -48,7 +50,9 @@ from vllm_reattention.tiles import prefill_tiles
 
 EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
 VOTES = 4  # of each query and head
-RULES = ("served", "all", "wide", "normalised", *EXACT, "mean", "spread", "recent", "oracle")
+REMEMBERED = 0.8
+RULES = ("served", "all", "wide", "normalised", *EXACT, "mean", "spread", "recent", "remembers")
+RULES += ("oracle",)
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
@@ -96,6 +100,7 @@ class Study:
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
         self.layers, self.seen, self.recalled, self.length = {}, {}, {}, 0
+        self.found, self.memory = {}, None
         blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
         tokens, written = prompt.tokens, []
@@ -105,6 +110,7 @@ class Study:
                 place = torch.arange(len(tokens), device=self.device)[None] + self.length
                 out = self.model(at, position_ids=place, use_cache=False, logits_to_keep=1)
                 self.length += len(tokens)
+                self._remember()
                 tokens = [int(out.logits[0, -1].argmax())]
                 written += tokens
         seen = torch.stack([torch.stack(self.seen[index]) for index in sorted(self.seen)])
@@ -133,6 +139,7 @@ class Study:
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             if index % self.select_every == 0:
+                self.index = index
                 self.recalled[start] = self._select(query, layer, part, scaling)
             recalled = self.recalled[start]
             common = (query, layer.pages, self.table, part, recalled)
@@ -192,6 +199,8 @@ class Study:
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
+        newest = (tiles.position * (tiles.length > 0)).argmax()
+        self.found[self.index] = score[newest].sum(0) / tiles.length[newest].clamp(min=1)
         score = self._changed(score, can).gather(-1, named)
         score = torch.where(of_each >= 0, score, -1.0)
         return recall(score, scope.recall_blocks, blocks=candidates)
@@ -204,7 +213,16 @@ class Study:
         if self.rule == "recent":
             column = torch.arange(score.shape[-1], device=score.device)
             score = score * (1 + column / score.shape[-1])
+        if self.rule == "remembers" and self.memory is not None:
+            score[:, 0] += self.memory  # of one head, as they are added up
         return torch.where(can, score, -1.0)
+
+    def _remember(self) -> None:
+        """A token's end: what its layers found joins what is left of what was found before."""
+        if self.found:
+            mean = torch.stack(list(self.found.values())).mean(0)
+            before = 0 if self.memory is None else REMEMBERED * self.memory
+            self.found, self.memory = {}, mean + before
 
     def _with_needle(self, recalled: Tensor, tiles: Tiles) -> Tensor:
         """The needle's blocks instead of the last, where they lie between global and local."""
