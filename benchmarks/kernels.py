@@ -23,7 +23,7 @@ import torch
 from benchmarks import harness
 from csrc_triton import kernels, reference
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
-from vllm_reattention.attention import SELECTING_QUERIES, reattention
+from vllm_reattention.attention import SELECTING_QUERIES, reattention, selecting
 from vllm_reattention.config import CANDIDATES_PER_RECALLED, SELECT_EVERY
 
 COLUMNS = [
@@ -128,7 +128,7 @@ class Problem:
         selecting, pages = self.layers[-SELECT_EVERY].pages, self.layers[-1].pages
         for tile in {0, self.tiles.row.shape[0] - 1}:
             part = self.tiles.part(tile, tile + 1)
-            last = part.last(SELECTING_QUERIES)
+            last = selecting(part)
             given = (self.query, selecting, self.block_table, last, SCOPE, self.rotary, self.scale)
             recalled = self.out.new_zeros((1, 1, SCOPE.recall_blocks)).int()
             if self.context > SCOPE.dense_blocks * BLOCK_SIZE:
@@ -153,7 +153,7 @@ class Problem:
         kept = []
         for layer in self.layers:
             given = (self.query, layer.pages, self.block_table)
-            last = (*given, self.tiles.last(SELECTING_QUERIES))
+            last = (*given, selecting(self.tiles))
             rest = (self.rotary, self.scale)
             score, extent, mass = kernels.score_blocks(*last, SCOPE, *rest)
             found = recall(score, SCOPE.candidate_blocks, extent)
@@ -328,8 +328,10 @@ def plot() -> None:
     import matplotlib.pyplot as plt
 
     rows = harness.read(harness.RESULTS / "kernels.csv")
-    newest = {}
+    last, newest = rows[-1]["commit"], {}
     for row in rows:
+        if row["provider"] == "reattention" and row["commit"] != last:
+            continue  # others do not change with our commits
         shown = row["metric"], row["batch"], row["heads"], row["dtype"]
         if shown == ("attention", "1", "32", "bfloat16"):
             key = (row["figure"], row["provider"], int(row["context_len"]))

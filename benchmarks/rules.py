@@ -10,7 +10,7 @@ and KV head counts by the attention that it pays the needle when the same task s
 of the trained window and nothing is left out. So the heads that do the finding count.
 
 served      what the settings say: so each rule below but for what it says
-all         by all queries of a tile, not its last 8 alone
+all         by all queries of a tile, not every fourth
 wide        with 16 candidates a recalled block
 normalised  with the softmax's denominators from every key
 exact       shares from every key
@@ -175,7 +175,7 @@ class Study:
         scope, rotary, stage = self.scope, self.rotary, attention.stages(query.device)
         whole = tiles
         if self.rule != "all":
-            tiles = tiles.last(attention.SELECTING_QUERIES)
+            tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)[0]

@@ -197,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def plot() -> None:
-    """TTFT and TPOT of single requests; what was measured last counts."""
+    """TTFT and TPOT of single requests; a line is of the commit that it was measured at last."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,7 +209,9 @@ def plot() -> None:
         if row["batch"] == "1":
             cache = ", fp8 KV" if row["dtype"].startswith("float8") else ""
             line = row["metric"], f"{names[row['heads']]}{cache}", row["provider"]
-            newest.setdefault(line, {})[int(row["context_len"])] = float(row["p50"]), row["gpu"]
+            points = newest.setdefault(line, {}).setdefault(row["commit"], {})
+            points[int(row["context_len"])] = float(row["p50"]), row["gpu"]
+    newest = {line: list(commits.values())[-1] for line, commits in newest.items()}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     styles = {"reattention": "o-", "FLASH_ATTN": "s--", "streaming": "^:"}
     models = sorted({model for _, model, _ in newest})

@@ -93,7 +93,7 @@ def attend_single_kernel(
     group_offs = tl.arange(0, ROWS)
     query, partner = load_rows(
         query_ptr, row, head_idx, group_offs, length * GROUP, query_stride_token,
-        query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+        query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, 1, PAD_HEAD,
     )  # fmt: skip
 
     # lanes are (slot, row), keys (slot, offset); only what has one slot belongs together

@@ -86,19 +86,19 @@ class Tiles(NamedTuple):
     length: Tensor
     position: Tensor
     max_length: int  # at most block_size; 1 for decode
+    step: int = 1  # from one of its queries to the next, in rows; stages that select take any
 
     def part(self, start: int, end: int) -> "Tiles":
         some = slice(start, end)
         row, length, position = self.row[some], self.length[some], self.position[some]
         return Tiles(self.request[some], row, length, position, self.max_length)
 
-    def last(self, count: int) -> "Tiles":
-        """The same tiles with their last `count` queries alone."""
-        if self.max_length <= count:
-            return self
-        skipped = (self.length - count).clamp(min=0)
+    def every(self, step: int) -> "Tiles":
+        """The same tiles with every step-th of their queries, counted back from the last."""
+        length = (self.length + step - 1) // step
+        skipped = (self.length - 1).clamp(min=0) % step
         row, position = self.row + skipped, self.position + skipped
-        return Tiles(self.request, row, self.length - skipped, position, count)
+        return Tiles(self.request, row, length, position, -(-self.max_length // step), step)
 
 
 def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:

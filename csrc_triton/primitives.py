@@ -77,7 +77,7 @@ def row_strides(blocks: torch.Tensor) -> tuple[int, int]:
 def load_rows(
     query_ptr, first_row, head_idx, row_offs, num_rows, query_stride_token, query_stride_head,
     HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr,
-    PAD_HEAD: tl.constexpr,
+    STEP: tl.constexpr, PAD_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Queries of the rows (query, head of the group), and each channel's partner in a rotation.
 
@@ -88,7 +88,7 @@ def load_rows(
     partner_offs = tl.where(channel_offs < 2 * HALF, partner_offs, channel_offs)
     row_ptr = (
         query_ptr
-        + (first_row + row_offs // GROUP).to(tl.int64) * query_stride_token
+        + (first_row + row_offs // GROUP * STEP).to(tl.int64) * query_stride_token
         + (head_idx * GROUP + row_offs % GROUP) * query_stride_head
     )[:, None]
     mask = (row_offs < num_rows)[:, None] & (channel_offs < HEAD_SIZE)[None, :]

@@ -40,9 +40,11 @@ def _half_split(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat((turned[..., ::2], turned[..., 1::2], x[..., 2 * rotary.half :]), dim=-1)
 
 
-def _tile_query(query: Tensor, row: int, length: int, num_kv_heads: int, rotary: Rotary) -> Tensor:
+def _tile_query(
+    query: Tensor, row: int, length: int, num_kv_heads: int, rotary: Rotary, step: int = 1
+) -> Tensor:
     """Raw queries of a tile, half-split and scaled: [num_kv_heads, length * group, head_size]."""
-    rows = _half_split(_wide(query[row : row + length]), rotary)
+    rows = _half_split(_wide(query[row : row + length * step : step]), rotary)
     scaled = torch.cat(
         (rows[..., : 2 * rotary.half] * rotary.query_scale, rows[..., 2 * rotary.half :]), dim=-1
     )
@@ -134,7 +136,7 @@ def score_blocks(
         num_global, num_recalled, local = scope.slots(position // block_size, block_size)
         if not length or not num_recalled:
             continue
-        q = _tile_query(query, row, length, num_kv_heads, rotary) * scale
+        q = _tile_query(query, row, length, num_kv_heads, rotary, tiles.step) * scale
         summary = _wide(pages.summary[block_table[request, :local].long()]).to(q.dtype)
         mean, variance = summary.permute(2, 1, 3, 0)  # [num_kv_heads, head_size, local]
         mass = q @ mean + (q * q) @ variance / 2 + math.log(block_size)
@@ -220,7 +222,7 @@ def refine_scores(
     for tile, (request, row, length, _) in enumerate(_rows(tiles)):
         if not length:
             continue
-        q = _tile_query(query, row, length, num_kv_heads, rotary) * scale
+        q = _tile_query(query, row, length, num_kv_heads, rotary, tiles.step) * scale
         wanted = candidates[tile].long()
         pages_of = block_table[request].long()[wanted.clamp(min=0)]
         stored = _wide(pages.key[pages_of, heads]).to(q.dtype) * pages.key_scale

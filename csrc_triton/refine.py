@@ -50,6 +50,7 @@ def _refine_scores_kernel(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -97,7 +98,8 @@ def _refine_scores_kernel(
         row_offs = first_of_part + tl.arange(0, ROWS)
         query, partner = load_rows(
             query_ptr, first_row, head_idx, row_offs, num_rows,
-            query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+            query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, STEP,
+            PAD_HEAD,
         )  # fmt: skip
         lane_row = first_of_part + lane % ROWS
         lane_mask = lane_row < num_rows
@@ -176,6 +178,7 @@ def refine_scores(
         HALF=rotary.half,
         INTERLEAVED=rotary.interleaved,
         GROUP=group,
+        STEP=tiles.step,
         BLOCK_SIZE=block_size,
         MAX_ROWS=max_rows,
         ROWS=rows,

@@ -31,14 +31,14 @@ def _load_query(
     query_ptr, first_row, head_idx, row_offs, num_rows, query_scale, scale,
     query_stride_token, query_stride_head,
     HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr,
-    PAD_HEAD: tl.constexpr,
+    STEP: tl.constexpr, PAD_HEAD: tl.constexpr,
 ):  # fmt: skip
     """[q | q^2 * scale / 2], what [mean | variance] is multiplied with: [ROWS, 2 * PAD_HEAD]."""
     joint_offs = tl.arange(0, 2 * PAD_HEAD)
     channel_offs = joint_offs % PAD_HEAD
     row_ptr = (
         query_ptr
-        + (first_row + row_offs // GROUP).to(tl.int64) * query_stride_token
+        + (first_row + row_offs // GROUP * STEP).to(tl.int64) * query_stride_token
         + (head_idx * GROUP + row_offs % GROUP) * query_stride_head
     )
     at = source_channel(channel_offs, HALF, INTERLEAVED)
@@ -114,6 +114,7 @@ def _sum_mass_kernel(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
@@ -142,7 +143,7 @@ def _sum_mass_kernel(
         return
     query = _load_query(
         query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows, query_scale, scale,
-        query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+        query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, STEP, PAD_HEAD,
     )  # fmt: skip
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     out_row = tile_idx * tl.num_programs(1) + head_idx
@@ -212,6 +213,7 @@ def _share_mass_kernel(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
@@ -260,7 +262,7 @@ def _share_mass_kernel(
             query = _load_query(
                 query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows,
                 query_scale, scale, query_stride_token, query_stride_head,
-                HEAD_SIZE, HALF, INTERLEAVED, GROUP, PAD_HEAD,
+                HEAD_SIZE, HALF, INTERLEAVED, GROUP, STEP, PAD_HEAD,
             )  # fmt: skip
         for first in tl.range(start, end, BLOCKS, num_stages=STAGES):
             block_offs = first + tl.arange(0, BLOCKS)
@@ -330,6 +332,7 @@ def score_blocks(
         "HALF": rotary.half,
         "INTERLEAVED": rotary.interleaved,
         "GROUP": group,
+        "STEP": tiles.step,
         "BLOCK_SIZE": block_size,
         "GLOBAL": scope.global_blocks,
         "RECALL": scope.recall_blocks,

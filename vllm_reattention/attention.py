@@ -12,8 +12,8 @@ from csrc_triton.layout import Pages, Rotary, Scope, Tiles
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
 SELECTION_BYTES = 256 << 20
-# A tile's last queries select for all of it: what they recall is what all would (docs/fidelity.md),
-# at a fraction of the cost.
+# So many of a full tile's queries, at equal distances, select for all of it, at a fraction of what
+# all would cost (docs/fidelity.md).
 SELECTING_QUERIES = 8
 MANY_TILES = 1024  # so many single queries need not split their scopes over programs
 
@@ -34,6 +34,11 @@ def tiles_per_run(num_heads: int, num_kv_heads: int, max_length: int, max_blocks
     return max(4, SELECTION_BYTES // (4 * per_block * max_blocks) // 4 * 4)
 
 
+def selecting(tiles: Tiles) -> Tiles:
+    """Those of the tiles' queries that select; the last of each is one of them."""
+    return tiles.every(max(1, tiles.max_length // SELECTING_QUERIES))
+
+
 def select(
     query: Tensor,
     pages: Pages,
@@ -51,7 +56,7 @@ def select(
     over the processes that have a share of the heads each.
     """
     stage = stages(query.device)
-    tiles = tiles.last(SELECTING_QUERIES)
+    tiles = selecting(tiles)
     score, extent, log_mass = stage.score_blocks(
         query, pages, block_table, tiles, scope, rotary, scale
     )

@@ -295,7 +295,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         return pages_of(kv_cache, self.head_size, self.summary_dtype, scales)
 
     @property
-    def kind(self) -> tuple:
+    def _kind(self) -> tuple:
         """Layers for which this is equal compile the same kernels and take the same memory."""
         heads = self.num_heads, self.num_kv_heads, self.head_size
         has = self.soft_cap > 0, self.sinks is not None, self.flash_attention is not None
@@ -309,7 +309,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         """
         if query.device.type == "cpu":
             return
-        if next(impl for impl in self._of_all_layers() if impl.kind == self.kind) is not self:
+        if next(impl for impl in self._of_all_layers() if impl._kind == self._kind) is not self:
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
         scope = self.config.resolve(self.trained_window, block_size)
