@@ -96,9 +96,10 @@ class Tiles(NamedTuple):
     def every(self, step: int) -> "Tiles":
         """The same tiles with every step-th of their queries, counted back from the last."""
         length = (self.length + step - 1) // step
-        skipped = (self.length - 1).clamp(min=0) % step
+        skipped = (self.length - 1).clamp(min=0) % step * self.step
         row, position = self.row + skipped, self.position + skipped
-        return Tiles(self.request, row, length, position, -(-self.max_length // step), step)
+        max_length = -(-self.max_length // step)
+        return Tiles(self.request, row, length, position, max_length, step * self.step)
 
 
 def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:
