@@ -125,11 +125,11 @@ class Problem:
         """A few tiles of the last layer against the reference on what the kernels recalled."""
         self.out.fill_(float("nan"))
         self.ours()
-        selecting, pages = self.layers[-SELECT_EVERY].pages, self.layers[-1].pages
+        scored, pages = self.layers[-SELECT_EVERY].pages, self.layers[-1].pages
         for tile in {0, self.tiles.row.shape[0] - 1}:
             part = self.tiles.part(tile, tile + 1)
-            last = selecting(part)
-            given = (self.query, selecting, self.block_table, last, SCOPE, self.rotary, self.scale)
+            some = selecting(part)
+            given = (self.query, scored, self.block_table, some, SCOPE, self.rotary, self.scale)
             recalled = self.out.new_zeros((1, 1, SCOPE.recall_blocks)).int()
             if self.context > SCOPE.dense_blocks * BLOCK_SIZE:
                 score, extent, mass = kernels.score_blocks(*given)
@@ -153,13 +153,13 @@ class Problem:
         kept = []
         for layer in self.layers:
             given = (self.query, layer.pages, self.block_table)
-            last = (*given, selecting(self.tiles))
+            some = (*given, selecting(self.tiles))
             rest = (self.rotary, self.scale)
-            score, extent, mass = kernels.score_blocks(*last, SCOPE, *rest)
+            score, extent, mass = kernels.score_blocks(*some, SCOPE, *rest)
             found = recall(score, SCOPE.candidate_blocks, extent)
-            refined = kernels.refine_scores(*last, found, mass, *rest)
+            refined = kernels.refine_scores(*some, found, mass, *rest)
             recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
-            kept.append((last, rest, score, extent, mass, found, refined, recalled))
+            kept.append((some, rest, score, extent, mass, found, refined, recalled))
 
         def over_layers(call):
             return lambda: [call(*state) for state in kept]
@@ -246,8 +246,8 @@ def floor(problem: Problem) -> tuple[float, float]:
     bytes_moved = (
         problem.batch * num_kv_heads * size * 2 * (scored * 2 + scope * problem.dtype.itemsize)
     )
-    selecting = new if new == 1 else new * SELECTING_QUERIES / BLOCK_SIZE
-    flops = problem.batch * num_heads * size * 4 * (new * seen + selecting * scored)
+    select = new if new == 1 else new * SELECTING_QUERIES / BLOCK_SIZE
+    flops = problem.batch * num_heads * size * 4 * (new * seen + select * scored)
     return bytes_moved, flops
 
 

@@ -90,11 +90,17 @@ class Tiles(NamedTuple):
 
     def part(self, start: int, end: int) -> "Tiles":
         some = slice(start, end)
-        row, length, position = self.row[some], self.length[some], self.position[some]
-        return Tiles(self.request[some], row, length, position, self.max_length)
+        return self._replace(
+            request=self.request[some],
+            row=self.row[some],
+            length=self.length[some],
+            position=self.position[some],
+        )
 
     def every(self, step: int) -> "Tiles":
         """The same tiles with every step-th of their queries, counted back from the last."""
+        if step == 1:
+            return self  # with no work on the device: single queries come here in every step
         length = (self.length + step - 1) // step
         skipped = (self.length - 1).clamp(min=0) % step * self.step
         row, position = self.row + skipped, self.position + skipped

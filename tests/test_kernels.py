@@ -401,7 +401,8 @@ def test_some_queries_of_a_tile_select_for_all(monkeypatch):
     monkeypatch.setattr(attention, "stages", lambda _: reference)
     recalled = attention.select(*inputs.score_args())
     once = attention.selecting(inputs.tiles)
-    assert str(attention.selecting(once)) == str(once) and str(once.every(1)) == str(once)
+    assert attention.selecting(once) is once and once.every(1) is once
+    assert once.part(1, 2).step == once.step == 4
     assert str(inputs.tiles.every(2).every(2)) == str(inputs.tiles.every(4))
     tiles, step = inputs.tiles, case.block_size // attention.SELECTING_QUERIES
     assert step == 4 and not all(length % step == 0 for length in tiles.length.tolist())
