@@ -52,7 +52,8 @@ def _tile_query(
     return grouped.transpose(0, 1).flatten(1, 2)
 
 
-def _cap(logits: Tensor, soft_cap: float) -> Tensor:
+def cap_logits(logits: Tensor, soft_cap: float) -> Tensor:
+    """soft_cap * tanh(logits / soft_cap), or as they are without one."""
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
 
@@ -227,7 +228,7 @@ def refine_scores(
         pages_of = block_table[request].long()[wanted.clamp(min=0)]
         stored = _wide(pages.key[pages_of, heads]).to(q.dtype) * pages.key_scale
         raw = _unrotate(stored, rotary.cos_sin[:block_size])  # [num_kv_heads, n, block, head_size]
-        logits = _cap(torch.einsum("hrd,hnbd->hrnb", q, raw), soft_cap)
+        logits = cap_logits(torch.einsum("hrd,hnbd->hrnb", q, raw), soft_cap)
         log_share = logits.logsumexp(dim=-1) - log_mass[tile, :, : length * group, None].to(q.dtype)
         share = log_share.clamp(max=0).exp().sum(dim=1)
         score[tile] = torch.where(wanted >= 0, share, -1.0)
@@ -278,7 +279,7 @@ def attend(
         key = _wide(pages.key[named, heads]).to(q.dtype) * pages.key_scale
         key = _rotate(key, table[:, None]).flatten(1, 2)
         value = (_wide(pages.value[named, heads]).to(q.dtype) * pages.value_scale).flatten(1, 2)
-        logits = _cap(q @ key.transpose(1, 2), soft_cap)  # [num_kv_heads, rows, keys]
+        logits = cap_logits(q @ key.transpose(1, 2), soft_cap)  # [num_kv_heads, rows, keys]
 
         at = torch.arange(position, position + length, device=query.device)
         at = at.repeat_interleave(group)[:, None]

@@ -95,8 +95,7 @@ def recalled_share(
     for some in pages_of.split(max(1, TOKENS_AT_ONCE // block_size)):
         keys = pages.key[:, head][some].float() * pages.key_scale
         logits = torch.einsum("ohd,nod->hno", turned, keys) * scale
-        if soft_cap:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
+        logits = reference.cap_logits(logits, soft_cap)
         masses.append(logits.logsumexp(-1))
     mass = torch.cat(masses, 1).masked_fill(~is_between, float("-inf"))  # [group, max_blocks]
     held = mass.gather(1, blocks.clamp(min=0).long().expand(group, -1))

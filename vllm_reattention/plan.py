@@ -220,13 +220,12 @@ def weight_bytes(config) -> int | None:
 
 def report(plan: Plan) -> str:
     shape, scope, block = plan.shape, plan.scope, compat.BLOCK_SIZES[0]
-    total = scope.blocks
     each = "on each GPU, " if plan.gpus > 1 else ""
     lines = [
         f"{plan.model}: {shape.architecture}, trained on {shape.trained_window:,} tokens",
         f"layers    {shape.full_layers} with {shape.num_kv_heads} KV heads of {shape.head_size}"
         + (f", {shape.window_layers} keep {shape.window} tokens" if shape.window_layers else ""),
-        f"scope     {total * block:,} tokens: {scope.global_blocks * block} global, "
+        f"scope     {scope.blocks * block:,} tokens: {scope.global_blocks * block} global, "
         f"{scope.recall_blocks * block:,} recalled, {scope.local_blocks * block:,} local; "
         f"everything up to {scope.dense_blocks * block:,}",
         f"KV cache  {each}{plan.token_bytes / 1024:.1f} KiB a token, "
