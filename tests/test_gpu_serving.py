@@ -5,6 +5,8 @@ answer is known, and bfloat16 does not change it; with dense attention it finds 
 window, so a right answer also tells that something was recalled. Each engine has its own process.
 """
 
+import concurrent.futures
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -46,6 +48,7 @@ ANSWERS = [f" {task.code}" for task in TASKS]
 SELECTED = sum(length - WINDOW for length, _ in PLACES[1:])  # rows of the prompts
 DECODED = (TOKENS - 1) * len(PLACES[1:])  # of what is said after those
 CACHE = 1 << 30  # bytes
+SECONDS = 300  # no engine takes longer
 OPTIONS = dict(
     skip_tokenizer_init=False,
     dtype="bfloat16",
@@ -64,7 +67,13 @@ def start(function, *args, environment: dict[str, str] | None = None, **options)
     """What a function of tests.engines returns, called in a process of its own."""
     told = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "INFO"}
     with engines.workers(**told | (environment or {})) as pool:
-        return pool.submit(function, TINY, *args, **OPTIONS | options).result(300)
+        job = pool.submit(function, TINY, *args, **OPTIONS | options)
+        try:
+            return job.result(SECONDS)
+        except concurrent.futures.TimeoutError:
+            for process in multiprocessing.active_children():
+                process.kill()  # or the pool would wait for it
+            raise
 
 
 def said(answers: list[engines.Answer]) -> list[str]:
@@ -177,7 +186,8 @@ def test_pages_come_back_from_host_memory():
 def test_guesses_by_ngrams_change_nothing():
     """Some are right: the answer stands in the prompt."""
     ngram = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
-    told = start(engines.report, [ASKS], speculative_config=ngram)
+    sizes = dict(cudagraph_capture_sizes=[4, 8, 16, 32])  # of four tokens for each request
+    told = start(engines.report, [ASKS], speculative_config=ngram, compilation_config=sizes)
     assert said(told.answers[0]) == ANSWERS
     (accepted,) = told.counters["spec_decode_num_accepted_tokens"]
     (selected,) = told.counters["reattention_rows_selected"]
