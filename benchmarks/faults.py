@@ -10,7 +10,6 @@ tells whether all were survived.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -19,15 +18,13 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.client import HTTPConnection
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.server import LOCAL, Server, serve, total
+from benchmarks.server import SERVED_NAME, Server, serve, total
 
 MODEL = Path(__file__).parents[1] / "tests" / "tiny-needle"
 COLUMNS = [
@@ -59,33 +56,15 @@ class Load:
     def send(self, prompt, max_tokens: int = 16, **rest) -> None:
         """Waits for the answer; a refusal counts as one, silence as neither."""
         try:
-            complete(self.server, prompt, max_tokens, **rest)
+            self.server.complete(prompt, max_tokens, SECONDS, **rest)
             self.outcomes.append("answered")
         except urllib.error.HTTPError as error:
             self.outcomes.append("refused" if 400 <= error.code < 500 else f"error {error.code}")
 
     def hang_up(self, prompt, max_tokens: int = 400, after: float = 0.3) -> None:
         """Closes the connection while the answer is being made."""
-        place = self.server.url.removeprefix("http://")
-        connection = HTTPConnection(place, timeout=SECONDS)
-        body = json.dumps(request(prompt, max_tokens, stream=True))
-        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        time.sleep(after)
-        connection.close()
+        self.server.hang_up(prompt, max_tokens, after, seconds=SECONDS)
         self.outcomes.append("cut")
-
-
-def request(prompt, max_tokens: int, **rest) -> dict:
-    body = dict(model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0)
-    return body | dict(ignore_eos=True) | rest
-
-
-def complete(server: Server, prompt, max_tokens: int = 16, **rest) -> str:
-    body = json.dumps(request(prompt, max_tokens, **rest)).encode()
-    headers = {"Content-Type": "application/json"}
-    asked = urllib.request.Request(server.url + "/v1/completions", body, headers)
-    with LOCAL.open(asked, timeout=SECONDS) as answer:
-        return json.load(answer)["choices"][0]["text"]
 
 
 def mixed(load: Load) -> list[Callable[[], None]]:
@@ -128,6 +107,11 @@ def hostile(load: Load) -> list[Callable[[], None]]:
 FAULTS = {f.__name__: f for f in (mixed, disconnects, exhausted, hostile)}
 
 
+def ask(server: Server, pool: ThreadPoolExecutor) -> list[str]:
+    """The answers to the questions."""
+    return [choice["text"] for choice in pool.map(server.complete, QUESTIONS)]
+
+
 def try_fault(server: Server, name: str, alone: list[str]) -> dict:
     load, before = Load(server), total(server.metrics(), "num_preemptions_total")
     jobs = FAULTS[name](load)
@@ -135,12 +119,11 @@ def try_fault(server: Server, name: str, alone: list[str]) -> dict:
     with ThreadPoolExecutor(len(jobs) + len(QUESTIONS)) as pool:
         beside = [pool.submit(job) for job in jobs]
         time.sleep(0.2)
-        asked = [pool.submit(complete, server, question) for question in QUESTIONS]
-        answers = [one.result() for one in asked]
+        answers = ask(server, pool)
         for job in beside:
             job.result()
     seconds = time.monotonic() - start
-    usage = settle(server)
+    usage = server.settle(SECONDS)
     samples = server.metrics()
     row = {
         "fault": name,
@@ -158,25 +141,13 @@ def try_fault(server: Server, name: str, alone: list[str]) -> dict:
     return row
 
 
-def settle(server: Server) -> float:
-    """Share of the KV cache that stays in use once nobody asks any more."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        samples = server.metrics()
-        usage = total(samples, "kv_cache_usage_perc")
-        if not usage and not total(samples, "num_requests_running"):
-            break
-        time.sleep(0.2)
-    return usage
-
-
 def kill_worker(server: Server) -> dict:
     """The process that holds the model ends in the middle of a request."""
     failures = []
 
     def ask() -> None:
         try:
-            complete(server, tokens(3000), 900)
+            server.complete(tokens(3000), 900, SECONDS)
         except OSError as error:
             failures.append(error)
 
@@ -184,7 +155,7 @@ def kill_worker(server: Server) -> dict:
     asking.start()
     time.sleep(1)
     start = time.monotonic()
-    os.kill(worker(server.process.pid), signal.SIGKILL)
+    os.kill(worker(server), signal.SIGKILL)
     asking.join(SECONDS)
     with suppress(subprocess.TimeoutExpired):
         server.process.wait(SECONDS)
@@ -198,17 +169,10 @@ def kill_worker(server: Server) -> dict:
     }
 
 
-def worker(server: int) -> int:
-    """The youngest of the server's descendants that vLLM named."""
-    found, parents = [], [server]
-    while parents:
-        children = []
-        for parent in parents:
-            for task in Path(f"/proc/{parent}/task").iterdir():
-                children += [int(pid) for pid in (task / "children").read_text().split()]
-        parents = children
-        found += children
-    return [pid for pid in found if b"VLLM::" in Path(f"/proc/{pid}/cmdline").read_bytes()][-1]
+def worker(server: Server) -> int:
+    """The youngest of the server's processes that vLLM named."""
+    started = server.processes()
+    return [pid for pid in started if b"VLLM::" in Path(f"/proc/{pid}/cmdline").read_bytes()][-1]
 
 
 def main() -> int:
@@ -222,13 +186,14 @@ def main() -> int:
     import torch
 
     stamp, rows = harness.stamp(), []
-    arguments = f"--model {MODEL} --served-model-name tiny --attention-backend reattention"
+    arguments = f"--model {MODEL} --served-model-name {SERVED_NAME} --attention-backend reattention"
     arguments += f" --max-model-len {MAX_LEN} --num-gpu-blocks-override {BLOCKS} --max-num-seqs 8"
     arguments += " --max-num-batched-tokens 512 --no-enable-prefix-caching --dtype "
     on_gpu = torch.cuda.is_available()
     arguments += "bfloat16 --gpu-memory-utilization 0.3" if on_gpu else "float32"
     with serve(arguments.split(), on_gpu) as server:
-        alone = [complete(server, question) for question in QUESTIONS]
+        with ThreadPoolExecutor(1) as one_by_one:
+            alone = ask(server, one_by_one)
         for name in options.faults:
             row = kill_worker(server) if name == "kill" else try_fault(server, name, alone)
             print(row, flush=True)

@@ -10,6 +10,7 @@ import functools
 import random
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import needle_text
@@ -177,3 +178,14 @@ def _sentence_start(tokens: list[int], place: int, ends: frozenset[int]) -> int:
     while place and tokens[place - 1] not in ends:
         place -= 1
     return place
+
+
+def make_tokenizer(folder: Path, vocab_size: int) -> None:
+    """For a model without one: words are the numbers of their tokens."""
+    import tokenizers
+    import transformers
+
+    model = tokenizers.models.WordLevel({str(index): index for index in range(vocab_size)})
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

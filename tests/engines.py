@@ -4,6 +4,7 @@ import gc
 import io
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -32,14 +33,15 @@ DEFAULTS = dict(
 )
 
 
-def workers() -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_prepare)
+def workers(**environment: str) -> ProcessPoolExecutor:
+    """A process; what it has in its environment beside ENVIRONMENT, or instead."""
+    spawn, chosen = multiprocessing.get_context("spawn"), ENVIRONMENT | environment
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_prepare, initargs=(chosen,))
 
 
-def _prepare() -> None:
+def _prepare(environment: dict[str, str]) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment)
 
 
 def flash_attention(*_):
@@ -138,6 +140,13 @@ def answers(
     from vllm import LLM
 
     llm = LLM(model=str(model), disable_log_stats=False, **(DEFAULTS | options))
+    found, counters = _counted(llm, batches)
+    del llm
+    gc.collect()
+    return found, counters
+
+
+def _counted(llm, batches: list[list[Ask]]) -> tuple[list[list[Answer]], dict[str, list[float]]]:
     before = _counters(llm)  # ours are those of all this process's engines
     found = [_ask(llm, batch) for batch in batches]
     after = _counters(llm)
@@ -146,9 +155,98 @@ def answers(
         for name, values in after.items()
         if name in before
     }
+    return found, counters
+
+
+class Report(NamedTuple):
+    """What an engine said, and how it came to say it."""
+
+    answers: list[list[Answer]]
+    counters: dict[str, list[float]]
+    runner: str  # module of the model runner
+    graphs: str  # the mode in which CUDA graphs are used, as resolved for our backend
+    steps: Counter[tuple[str, int, int]]  # by mode, tokens, tokens with padding
+    num_blocks: int  # of the KV cache
+
+
+def report(model: Path, batches: list[list[Ask]], **options) -> Report:
+    """Of one engine; its steps are known where CUDA graphs may be, on a GPU."""
+    from vllm import LLM
+    from vllm.compilation.cuda_graph import CUDAGraphLogging
+
+    steps: Counter[tuple[str, int, int]] = Counter()
+
+    def observe(_, step):
+        steps[step.runtime_mode, step.num_unpadded_tokens, step.num_padded_tokens] += 1
+
+    chosen = DEFAULTS | dict(disable_log_stats=False, cudagraph_metrics=True) | options
+    with mock.patch.object(CUDAGraphLogging, "observe", observe):
+        llm = LLM(model=str(model), **chosen)
+        steps.clear()
+        said = _counted(llm, batches)
+    runner, graphs = llm.collective_rpc(_runner)[0]
+    num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     del llm
     gc.collect()
-    return found, counters
+    return Report(*said, runner, graphs, steps, num_blocks)
+
+
+def _runner(worker) -> tuple[str, str]:
+    runner = worker.model_runner
+    graphs = runner.vllm_config.compilation_config.cudagraph_mode
+    return type(runner).__module__, str(graphs)
+
+
+def answers_after_sleep(
+    model: Path, batch: list[Ask], **options
+) -> tuple[list[list[Answer]], list[int]]:
+    """Before sleep, after level 1, after level 2; and the bytes that each level has freed.
+
+    What level 2 does not keep is made sure to be lost: weights are spoilt before they are loaded
+    again, and so is GPU memory that is free while the engine sleeps.
+    """
+    from vllm import LLM
+
+    llm = LLM(model=str(model), enable_sleep_mode=True, **(DEFAULTS | options))
+    found, freed = [_ask(llm, batch)], []
+    for level in (1, 2):
+        (before,) = llm.collective_rpc(_free_bytes)
+        llm.sleep(level)
+        (after,) = llm.collective_rpc(_free_bytes)
+        freed.append(after - before)
+        llm.collective_rpc(_spoil_free_memory)
+        llm.wake_up(["weights"])
+        if level == 2:
+            llm.collective_rpc(_spoil_weights)
+            llm.collective_rpc("reload_weights")
+        llm.wake_up(["kv_cache"])
+        found.append(_ask(llm, batch))
+    del llm
+    gc.collect()
+    return found, freed
+
+
+def _free_bytes(worker) -> int:
+    import torch
+
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def _spoil_free_memory(worker) -> None:
+    import torch
+
+    spoilt = [torch.full((1 << 28,), torch.nan, device="cuda") for _ in range(4)]  # of 1 GiB
+    torch.cuda.synchronize()
+    del spoilt
+    torch.cuda.empty_cache()
+
+
+def _spoil_weights(worker) -> None:
+    import torch
+
+    for parameter in worker.model_runner.model.parameters():
+        parameter.data.fill_(torch.nan)
 
 
 def answers_scheduled_ahead(*args, **options) -> tuple[list[list[Answer]], int]:

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import safetensors.torch
-import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from benchmarks import prompts
 
 README = Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"\| rotary embedding .*\n(\|.*\n)+")  # in it
@@ -209,11 +210,7 @@ def make_adapter(model: Path) -> tuple[Path, Path]:
 
 
 def make_tokenizer(path: Path) -> None:
-    """Words are the numbers of their tokens."""
-    model = tokenizers.models.WordLevel({str(i): i for i in range(SIZES["vocab_size"])})
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    prompts.make_tokenizer(path, SIZES["vocab_size"])
 
 
 def readme_table() -> str:

@@ -18,6 +18,7 @@ from benchmarks import (
     demo,
     engines,
     harness,
+    load,
     loss,
     needle,
     needle_text,
@@ -402,6 +403,27 @@ def test_the_demos_prompts_have_their_lengths(prompts, model):
     assert [count(tokenizer)(task.prompt) for task in beyond] == [64 * 512] * len(demo.DEPTHS)
     assert all("What is the secret code of" in task.question for task in (within, *beyond))
     assert all(task.prompt.count(task.code) == 1 for task in (within, *beyond))
+
+
+def test_a_load_is_shared_out_among_those_that_stay_and_those_that_leave():
+    short, long = load.Kind(100, 56, 224), load.Kind(100_000, 8, 32)
+    assert (short.leaving[1:], short.staying[1:]) == ((7, 28), (49, 196))
+    assert (long.leaving[1:], long.staying[1:]) == ((1, 4), (7, 28))
+    few = load.Kind(2000, 2, 3)
+    assert (few.leaving[1:], few.staying[1:]) == ((1, 2), (1, 1))
+
+
+def test_answers_may_differ_where_two_tokens_are_equally_likely():
+    likely = [{"a": -0.1, "b": -3.0}, {"c": -0.7, "d": -0.8, "e": -2.0}, {"f": -0.1}]
+    alone = load.Answer(["a", "c", "f"], likely)
+    assert alone.agrees(alone)
+    for tokens, agrees in (("adg", True), ("bcf", False), ("aef", False), ("acg", False)):
+        assert alone.agrees(load.Answer(list(tokens), likely)) == agrees
+
+
+def test_options_are_told_as_on_a_command_line():
+    chosen = {"max_num_seqs": 2, "load_format": None, "no_x": True, "eager": False, "a": {"b": 1}}
+    assert load.flags(chosen) == ["--max-num-seqs", "2", "--no-x", "--a", '{"b": 1}']
 
 
 @pytest.fixture(scope="module")
