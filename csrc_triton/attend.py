@@ -147,10 +147,10 @@ def for_hopper(device: torch.device):
 def _hopper_takes(
     query: Tensor, pages: Pages, rotary: Rotary, scope: Scope, max_rows: int, soft_cap: float
 ) -> bool:
-    """Whether keys are copied as they are and turned whole, and most rows of a program in use."""
+    """Whether it knows the keys' dtype and turns them whole, and most rows of a program in use."""
     block_size, head_size = pages.key.shape[2:]
     return (
-        pages.key.dtype == query.dtype
+        pages.key.dtype in (query.dtype, torch.float8_e4m3fn)
         and query.dtype.itemsize == 2
         and head_size == 2 * rotary.half
         and head_size in (64, 128)

@@ -3,6 +3,8 @@
 One program holds the rows of a tile that share a KV head, as in attend_prefill. A ring of steps of
 KEYS keys lies in shared memory. Four warps fill it: they copy pages in, AHEAD steps early, and turn
 the keys where they lie. Twice four warps take 64 rows each through product, softmax and product.
+
+Pages of fp8 are copied into the first half of the place that their 16-bit numbers will fill.
 """
 
 from triton.experimental import gluon
@@ -15,7 +17,7 @@ from csrc_triton.primitives import LOG2E, source_channel, tile_slots
 
 WARP_ROWS = gl.constexpr(64)  # of four warps: what one product takes
 # Of a thread; three times four warps have 3 * 168 of them to share.
-ROW_REGISTERS, FILL_REGISTERS = gl.constexpr(200), gl.constexpr(104)
+ROW_REGISTERS, FILL_REGISTERS = gl.constexpr(192), gl.constexpr(120)
 
 
 @gluon.constexpr_function
@@ -35,18 +37,28 @@ def _swizzled(HEAD_SIZE, HALF, element):
 
 
 @gluon.constexpr_function
-def _by_pairs(SLOTS, BLOCK_SIZE, HALF, num_warps):
-    """Slots, keys and channels, 16 bytes at a time; a thread holds both channels of a rotation."""
-    channels = [[0, 0, 1 << bit] for bit in range(HALF.bit_length() - 1)]
+def _by_vectors(SLOTS, BLOCK_SIZE, HEAD_SIZE, bits, num_warps):
+    """Slots, keys and channels of so many bits, 16 bytes at a time.
+
+    Of 16 bits, a thread holds both channels of a rotation.
+    """
+    channels = [[0, 0, 1 << bit] for bit in range(HEAD_SIZE.bit_length() - 1)]
+    held, across = channels[:4], channels[4:]
+    if bits == 16:
+        held, across = [*channels[:3], channels[-1]], channels[3:-1]
     keys = [[0, 1 << bit, 0] for bit in range(BLOCK_SIZE.bit_length() - 1)]
     keys += [[1 << bit, 0, 0] for bit in range(SLOTS.bit_length() - 1)]
-    lanes = (channels[3:] + keys)[:5]
-    keys = keys[8 - len(channels) :]
+    lanes, keys = (across + keys)[:5], keys[5 - len(across) :]
     warps = len(keys) - (num_warps.bit_length() - 1)
-    registers = [*channels[:3], [0, 0, HALF], *keys[:warps]]
     return gl.DistributedLinearLayout(
-        registers, lanes, keys[warps:], [], [SLOTS, BLOCK_SIZE, 2 * HALF]
+        held + keys[:warps], lanes, keys[warps:], [], [SLOTS, BLOCK_SIZE, HEAD_SIZE]
     )
+
+
+@gluon.constexpr_function
+def _as_copied(HEAD_SIZE):
+    """Rows of bytes such that what turns halves of heads reads no bank twice."""
+    return gl.SwizzledSharedLayout(HEAD_SIZE // 2, 128 // HEAD_SIZE, 2, [2, 1, 0])
 
 
 @gluon.jit
@@ -82,6 +94,16 @@ def _halves(tile, HALF: gl.constexpr):
 
 
 @gluon.jit
+def _place(ring, stage, cached: gl.constexpr, shape: gl.constexpr):
+    """Where pages are copied to, as they are."""
+    place = ring.index(stage)
+    if cached.primitive_bitwidth == ring.dtype.primitive_bitwidth:
+        return place.reshape(shape)
+    else:
+        return place._reinterpret(cached, shape, _as_copied(shape[2]))
+
+
+@gluon.jit
 def _fill(
     steps, num_slots, num_keys, num_global, num_recalled, local, recalled_ptr, table_ptr,
     cos_sin_ptr, key_cache_ptr, value_cache_ptr, cache_stride_block, keys, values, filled, freed,
@@ -91,10 +113,13 @@ def _fill(
     """Keys, turned to their slots, and values into the ring; the scope's last step first."""
     dtype: gl.constexpr = keys.dtype
     shape: gl.constexpr = [SLOTS, BLOCK_SIZE, HEAD_SIZE]
-    tile: gl.constexpr = _by_pairs(SLOTS, BLOCK_SIZE, HALF, gl.num_warps())
-    offset = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, gl.SliceLayout(2, tile)))
-    head_offs = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, gl.SliceLayout(1, tile)))
-    slot = gl.arange(0, SLOTS, gl.SliceLayout(1, gl.SliceLayout(2, tile)))
+    cached: gl.constexpr = key_cache_ptr.dtype.element_ty
+    bits: gl.constexpr = cached.primitive_bitwidth
+    tile: gl.constexpr = _by_vectors(SLOTS, BLOCK_SIZE, HEAD_SIZE, 16, gl.num_warps())
+    copy: gl.constexpr = _by_vectors(SLOTS, BLOCK_SIZE, HEAD_SIZE, bits, gl.num_warps())
+    offset = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, gl.SliceLayout(2, copy)))
+    head_offs = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, gl.SliceLayout(1, copy)))
+    slot = gl.arange(0, SLOTS, gl.SliceLayout(1, gl.SliceLayout(2, copy)))
     inside = (offset * HEAD_SIZE)[None, :, None] + head_offs[None, None, :]
     copied_slot = slot + (steps - 1) * SLOTS
     # A page is found in two loads, each a step ahead of its use.
@@ -116,10 +141,10 @@ def _fill(
             block = _find_block(copied_slot - SLOTS, *given)
             stage = copied % STAGES
             mbarrier.wait(freed.index(stage), (copied // STAGES + 1) % 2)
-            place = keys.index(stage).reshape(shape)
+            place = _place(keys, stage, cached, shape)
             async_copy.async_copy_global_to_shared(place, key_cache_ptr + at)
             # A page's unwritten rows may hold anything, nan too: keep them out of the product.
-            place = values.index(stage).reshape(shape)
+            place = _place(values, stage, cached, shape)
             mask = written[:, :, None]
             async_copy.async_copy_global_to_shared(place, value_cache_ptr + at, mask=mask)
         async_copy.commit_group()
@@ -130,11 +155,15 @@ def _fill(
             next_cos, next_sin = _load_angles(
                 turned_slot, num_slots, cos_sin_ptr, HALF, BLOCK_SIZE, flat
             )
-            place = keys.index(stage).reshape(shape)
-            first, second = _halves(place.load(tile).to(gl.float32), HALF)
+            key = _place(keys, stage, cached, shape).load(tile)
+            if bits == 8:
+                value = _place(values, stage, cached, shape).load(tile)
+                values.index(stage).reshape(shape).store(value.to(values.dtype))
+            first, second = _halves(key.to(gl.float32), HALF)
             cos, sin = cos[:, None, :], sin[:, None, :]
             turned = gl.join(first * cos - second * sin, second * cos + first * sin).to(dtype)
             turned = gl.reshape(gl.permute(turned, (0, 1, 3, 2)), shape)
+            place = keys.index(stage).reshape(shape)
             place.store(gl.convert_layout(turned, tile, assert_trivial=True))
             cos, sin = next_cos, next_sin
             hopper.fence_async_shared()
@@ -201,7 +230,7 @@ def _consume(
     seen = (num_slots > 0) & (key_offs[None, :] <= (own + row_offs // GROUP)[:, None])
     logits = gl.where(seen, logits, float("-inf"))
     best, total, rescale, weight = _soften(logits, best, total, scale)
-    weight = gl.convert_layout(weight.to(dtype), weights)
+    weight = gl.convert_layout(weight.to(values.dtype), weights)
     acc = hopper.warpgroup_mma(weight, values.index(0), acc)
     mbarrier.arrive(freed.index(0))
     for step in range(1, steps):
@@ -212,7 +241,7 @@ def _consume(
         )
         best, total, rescale, weight = _soften(logits, best, total, scale)
         acc *= gl.convert_layout(rescale, gl.SliceLayout(1, output))[:, None]
-        weight = gl.convert_layout(weight.to(dtype), weights)
+        weight = gl.convert_layout(weight.to(values.dtype), weights)
         acc = hopper.warpgroup_mma(weight, values.index(stage), acc)
         mbarrier.arrive(freed.index(stage))
 
@@ -311,7 +340,10 @@ def attend_hopper_kernel(
     layout: gl.constexpr = _swizzled(HEAD_SIZE, HALF, dtype)
     query = gl.allocate_shared_memory(dtype, [2, WARP_ROWS, HEAD_SIZE], layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_SIZE], layout)
-    values = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_SIZE], layout)
+    # In float16 all of fp8 fits, a pair in one instruction, and weights, which are at most 1.
+    bits: gl.constexpr = value_cache_ptr.dtype.element_ty.primitive_bitwidth
+    held: gl.constexpr = gl.float16 if bits == 8 else dtype
+    values = gl.allocate_shared_memory(held, [STAGES, KEYS, HEAD_SIZE], layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

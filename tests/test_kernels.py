@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from csrc_triton import attend, kernels, reference
-from csrc_triton.layout import Pages, Scope
+from csrc_triton.layout import Pages, Rotary, Scope
 from tests.cases import Case
 from vllm_reattention import attention, mass
 
@@ -60,6 +60,8 @@ if ON_GPU:
              scope=Scope(1, 3, 2, 6, 6)),
         Case(contexts=(1500, 130), queries=(300, 130), heads=(14, 2), block_size=128,
              scope=Scope(1, 2, 1, 4, 6)),
+        Case(contexts=(900, 40, 128), queries=(100, 40, 64), block_size=64,
+             scope=Scope(1, 3, 2, 6, 6)),
         Case(contexts=(900, 17, 400), queries=(77, 17, 33), heads=(9, 3), block_size=32,
              scope=Scope(1, 6, 4, 12, 20, per_layer=True)),
         Case(contexts=(700, 333, 32), queries=(49, 65, 32), heads=(12, 2), head_size=128,
@@ -152,27 +154,47 @@ def test_attend(case, dtype):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="Hopper's kernel is not for the interpreter")
-def test_hopper_takes_full_tiles_and_leaves_the_rest(monkeypatch):
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_hopper_takes_full_tiles_and_leaves_the_rest(cache_dtype, monkeypatch):
     if attend.for_hopper(torch.device(DEVICE)) is None:
         pytest.skip("needs Triton 3.6 on a Hopper GPU")
     taken = []
     for case in PREFILL:
-        inputs = case.build(torch.bfloat16, DEVICE)
+        inputs = case.build(torch.bfloat16, DEVICE, cache_dtype)
         inputs.write(kernels.write_kv)
         with monkeypatch.context() as patch:
             plain = unittest.mock.MagicMock()
             patch.setattr(attend, "attend_tile_kernel", plain)
             inputs.attend(kernels.attend, inputs.recalled())
             taken.append(not plain.__getitem__.called)
-    assert taken[10] and taken[13:] == [True] * 4  # Llama's heads and those listed behind
+    assert taken[10] and taken[13:] == [True] * 5  # Llama's heads and those listed behind
     assert not any(taken[3:8])  # odd sizes, partial rotary, soft cap, window
 
 
+def test_hopper_is_given_keys_it_knows():
+    fp16, bf16, fp8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
+    others = [torch.float32, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.uint8, torch.int8]
+    rest = (Rotary(torch.zeros(1, 2, 32)), DECODE[0].scope)
+    taken = set()
+    for dtype in (fp16, bf16, torch.float32):
+        for cache_dtype in (fp16, bf16, fp8, *others):
+            plane = torch.empty(3, 2, 32, 64, dtype=cache_dtype)
+            given = (torch.empty(32, 8, 64, dtype=dtype), Pages(plane, plane, plane), *rest)
+            if attend._hopper_takes(*given, 128, 0.0):
+                taken.add((dtype, cache_dtype))
+            assert not attend._hopper_takes(*given, 64, 0.0)
+    assert taken == {(fp16, fp16), (fp16, fp8), (bf16, bf16), (bf16, fp8)}
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter has no fp8")
-@pytest.mark.parametrize("case", [DECODE[0], DECODE[3], PREFILL[0], PREFILL[2]], ids=str)
-def test_fp8_cache(case):
-    inputs = case.build(torch.float16, DEVICE, torch.float8_e4m3fn)
-    twin = case.build(torch.float16, DEVICE, torch.float8_e4m3fn)
+@pytest.mark.parametrize(
+    "case", [DECODE[0], DECODE[3], PREFILL[0], PREFILL[2], PREFILL[8], *PREFILL[10:]], ids=str
+)
+@each_dtype
+def test_fp8_cache(case, dtype):
+    """Unused pages and rows hold nan here too. Tiles of most cases go to Hopper's kernel."""
+    inputs = case.build(dtype, DEVICE, torch.float8_e4m3fn)
+    twin = case.build(dtype, DEVICE, torch.float8_e4m3fn)
     for each in (inputs, twin):
         each.pages = Pages(*each.pages[:3], 0.25, 0.5)
     inputs.write(kernels.write_kv)
@@ -185,6 +207,7 @@ def test_fp8_cache(case):
     actual = inputs.attend(kernels.attend, recalled)
     eager = inputs.attend(reference.attend, recalled)
     assert_as_accurate(actual, eager, inputs.exact().attend(reference.attend, recalled))
+    assert torch.equal(~actual.isnan().any(-1).any(-1).cpu(), inputs.written_rows())
     *given, scope, rotary, scale = twin.score_args()
     assert mass.recalled_share(1, *given, recalled, scope, rotary, scale).max() <= 1
 

@@ -86,7 +86,7 @@ def launch_everything() -> None:
     attention.stages = lambda _: kernels
     cases = [DECODE[i] for i in (0, 1, 2, 9)] + [PREFILL[i] for i in (0, 2, 4, 6, 8)]
     batches = [(case, torch.float16) for case in cases]
-    batches += [(case, torch.float8_e4m3fn) for case in (DECODE[0], PREFILL[0])]
+    batches += [(case, torch.float8_e4m3fn) for case in (DECODE[0], PREFILL[0], PREFILL[8])]
     for case, cache_dtype in batches:
         inputs = case.build(torch.float16, DEVICE, cache_dtype)
         inputs.write(kernels.write_kv)
