@@ -84,7 +84,8 @@ def attend(
             for flag in ("WINDOW", "HAS_CAP", "PAD_HEAD"):
                 del fixed[flag]
             hopper[(num_tiles * math.ceil(max_rows / 128), num_kv_heads)](
-                *arguments, **fixed, STAGES=5, AHEAD=2, MAX_ROWS=max_rows,
+                *arguments, **fixed, STAGES=5, AHEAD=3 if pages.key.itemsize == 1 else 2,
+                MAX_ROWS=max_rows,
                 SLOTS=max(64 // block_size, 1), num_warps=4, **early,
             )  # fmt: skip
             return
