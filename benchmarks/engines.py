@@ -22,6 +22,7 @@ from vllm_reattention.config import ReAttentionConfig
 PROVIDERS = ("reattention", "FLASH_ATTN", "streaming", "yarn")
 BLOCK_SIZE = 32
 SETTINGS = ("global_size", "local_size", "recall_size", "dense_limit", "scorer", "select_every")
+SETTINGS += ("memory",)
 
 
 class Provider(NamedTuple):
@@ -44,7 +45,8 @@ class Provider(NamedTuple):
             recall, local = 0, recall + local
         blocks = scope.global_blocks, local, recall, scope.dense_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
-        scored = config.scorer, config.layers_per_selection(trained.num_hidden_layers)
+        every = config.layers_per_selection(trained.num_hidden_layers)
+        scored = config.scorer, every, scope.memory
         return dict(zip(SETTINGS, (*sizes, *scored), strict=True))
 
     def arguments(self) -> dict[str, Any]:

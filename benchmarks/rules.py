@@ -11,7 +11,7 @@ of the trained window and nothing is left out. So the heads that do the finding 
 
 served      what the settings say: so each rule below but for what it says
 all         by all queries of a tile, not every fourth
-wide        with 16 candidates a recalled block
+wide        with eight times as many candidates
 normalised  with the softmax's denominators from every key
 exact       shares from every key
 mean        by the logits' mean over all distances in the scope, not without positions
@@ -25,13 +25,10 @@ centroid    the highest logit of the mean of a block's keys, of any row of the t
             quest take the scorer "refined", as logits of several heads do not add up
 spread      with half of a block's share given to each of its neighbours too
 recent      with shares that grow along the text, to twice what they are at its end
-remembers   while the answer is written, with what the tokens before it found in any layer: the mean
-            over layers that select, REMEMBERED of it a token later; from the prompt's last tile on
 oracle      with the needle's blocks in the place of the last recalled
 """
 
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
@@ -42,17 +39,16 @@ from torch import Tensor, nn
 
 from benchmarks import engines, harness
 from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, depths, is_hit
-from csrc_triton.layout import Pages, Rotary, Tiles, rotation_table
+from csrc_triton.layout import Memory, Pages, Rotary, Tiles, rotation_table
 from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.memory import Memories
 from vllm_reattention.tiles import prefill_tiles
 
 EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
 VOTES = 4  # of each query and head
-REMEMBERED = 0.8
-RULES = ("served", "all", "wide", "normalised", *EXACT, "mean", "spread", "recent", "remembers")
-RULES += ("oracle",)
+RULES = ("served", "all", "wide", "normalised", *EXACT, "mean", "spread", "recent", "oracle")
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
 COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
@@ -99,10 +95,11 @@ class Study:
         self.select_every = config.layers_per_selection(self.model.config.num_hidden_layers)
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
-        self.layers, self.seen, self.recalled, self.length = {}, {}, {}, 0
-        self.found, self.memory = {}, None
+        self.layers, self.seen, self.recalled, self.found, self.length = {}, {}, {}, {}, 0
         blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
+        weight = 1 / -(-len(self.model.model.layers) // self.select_every)
+        self.memories = Memories(blocks, BLOCK_SIZE, self.scope, weight, self.device)
         tokens, written = prompt.tokens, []
         with torch.inference_mode():
             for _ in range(ANSWER_LEN):
@@ -110,7 +107,6 @@ class Study:
                 place = torch.arange(len(tokens), device=self.device)[None] + self.length
                 out = self.model(at, position_ids=place, use_cache=False, logits_to_keep=1)
                 self.length += len(tokens)
-                self._remember()
                 tokens = [int(out.logits[0, -1].argmax())]
                 written += tokens
         seen = torch.stack([torch.stack(self.seen[index]) for index in sorted(self.seen)])
@@ -139,8 +135,7 @@ class Study:
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             if index % self.select_every == 0:
-                self.index = index
-                self.recalled[start] = self._select(query, layer, part, scaling)
+                self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
             recalled = self.recalled[start]
             common = (query, layer.pages, self.table, part, recalled)
             stage.attend(*common, self.scope, self.rotary, scaling, out)
@@ -171,7 +166,24 @@ class Study:
             mass = on.sum(-1).mean(1)
         return torch.stack((inside.float().mean(1), mass))
 
-    def _select(self, query: Tensor, layer: Layer, tiles: Tiles, scale: float) -> Tensor:
+    def _select_for_all(
+        self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
+    ) -> Tensor:
+        """What this layer and those behind it recall, which are told what a server's would be."""
+        layer, place = self.layers[index], (tiles, self.table)
+        if not self.scope.memory:
+            return self._select(query, layer, tiles, scale, None)
+        if index == 0:
+            generated = tiles.length > 0 if tiles.max_length == 1 else None
+            self.found[start] = self.memories.recollect(*place, generated)
+        recalled = self._select(query, layer, tiles, scale, self.found[start])
+        if index + self.select_every >= len(self.model.model.layers):
+            self.memories.keep(*place, self.found[start])
+        return recalled
+
+    def _select(
+        self, query: Tensor, layer: Layer, tiles: Tiles, scale: float, memory: Memory | None
+    ) -> Tensor:
         scope, rotary, stage = self.scope, self.rotary, attention.stages(query.device)
         whole = tiles
         if self.rule != "all":
@@ -184,7 +196,8 @@ class Study:
             turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
         if self.rule in ("served", "mean", "oracle"):
-            recalled = attention.select(query, *common, scope, rotary, scale)
+            given = (query, *common, scope, rotary, scale)
+            recalled = attention.select(*given, memory=memory)
             return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
         score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
         if self.rule == "normalised":
@@ -192,18 +205,16 @@ class Study:
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
         score = self._changed(torch.where(can, score, 0), can)
-        count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
-        recall = functools.partial(stage.recall_blocks, per_layer=scope.per_layer)
-        candidates = recall(score, min(count, score.shape[-1]), extent)
+        count = (8 if self.rule == "wide" else 1) * scope.candidates(tiles.max_length)
+        told = scope.per_layer, memory, tiles.length
+        candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
         refined = stage.refine_scores(query, *common, candidates, mass, rotary, scale)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
-        newest = (tiles.position * (tiles.length > 0)).argmax()
-        self.found[self.index] = score[newest].sum(0) / tiles.length[newest].clamp(min=1)
         score = self._changed(score, can).gather(-1, named)
         score = torch.where(of_each >= 0, score, -1.0)
-        return recall(score, scope.recall_blocks, blocks=candidates)
+        return stage.recall_blocks(score, scope.recall_blocks, None, candidates, *told)
 
     def _changed(self, score: Tensor, can: Tensor) -> Tensor:
         """Scores of the blocks that can be recalled, changed as the rule says."""
@@ -213,16 +224,7 @@ class Study:
         if self.rule == "recent":
             column = torch.arange(score.shape[-1], device=score.device)
             score = score * (1 + column / score.shape[-1])
-        if self.rule == "remembers" and self.memory is not None:
-            score[:, 0] += self.memory  # of one head, as they are added up
         return torch.where(can, score, -1.0)
-
-    def _remember(self) -> None:
-        """A token's end: what its layers found joins what is left of what was found before."""
-        if self.found:
-            mean = torch.stack(list(self.found.values())).mean(0)
-            before = 0 if self.memory is None else REMEMBERED * self.memory
-            self.found, self.memory = {}, mean + before
 
     def _with_needle(self, recalled: Tensor, tiles: Tiles) -> Tensor:
         """The needle's blocks instead of the last, where they lie between global and local."""

@@ -53,11 +53,18 @@ class Scope(NamedTuple):
     local_blocks: int  # the tile's own block is one of them
     dense_blocks: int  # tiles that end within so many blocks attend to everything
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
+    single_candidates: int = 0  # the same for tiles of one query: more are cheap, and find more
+    # What the tokens before found counts so much for a token that the model writes; 0: nothing is
+    # remembered. For per_layer alone.
+    memory: float = 0.0
     per_layer: bool = False  # KV heads add their shares up and recall the same blocks
     window: int = 0  # sliding-window layers: every key of the window, exactly; no recall
     # With so many blocks before local, a prefill tile takes the softmax's denominator (which only
     # weighs its rows against each other) from the global blocks and every SAMPLE_EVERY-th other.
     sample_from: int = 2048
+
+    def candidates(self, max_length: int) -> int:
+        return self.single_candidates if max_length == 1 else self.candidate_blocks
 
     @property
     def blocks(self) -> int:
@@ -106,6 +113,22 @@ class Tiles(NamedTuple):
         row, position = self.row + skipped, self.position + skipped
         max_length = -(-self.max_length // step)
         return Tiles(self.request, row, length, position, max_length, step * self.step)
+
+
+class Memory(NamedTuple):
+    """What the tokens of a tile's request found, by block: the mean of the layers that select.
+
+    found   [num_tiles, max_blocks] fp32, added to scores; each selection adds to it what it finds
+    weight  of a selection: 1 / number of layers that select
+    counts  False: scores stay as they are, and selections only add to it
+    """
+
+    found: Tensor
+    weight: float
+    counts: bool
+
+    def part(self, start: int, end: int) -> "Memory":
+        return self._replace(found=self.found[start:end])
 
 
 def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:

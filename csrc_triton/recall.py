@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from csrc_triton.layout import Memory
 from csrc_triton.primitives import early_launch, wait_for_previous
 
 # Registers of one program hold so many runs, and so many blocks of the best runs.
@@ -61,15 +62,18 @@ def _load_scores(score_ptr, row_idx, n, column, extent, SUMMED: tl.constexpr):
     return score
 
 
-@triton.jit(do_not_specialize=["n", "num_runs"])
+@triton.jit(do_not_specialize=["n", "num_runs", "found_stride"])
 def _best_of_runs_kernel(
     score_ptr,  # [num_tiles, num_rows * SUMMED, n]
     extent_ptr,  # [num_tiles], or null
+    found_ptr,  # [num_tiles, found_stride], or null
     run_key_ptr,  # [num_tiles, num_rows, num_runs]
     n,
     num_runs,
     two_rounds_from,
+    found_stride,
     HAS_EXTENT: tl.constexpr,
+    COUNTS: tl.constexpr,
     SUMMED: tl.constexpr,
     RUN: tl.constexpr,
     RUNS: tl.constexpr,
@@ -86,6 +90,8 @@ def _best_of_runs_kernel(
         return
     offs = first_run * RUN + tl.arange(0, RUNS * RUN)
     score = _load_scores(score_ptr, row_idx, n, offs, extent, SUMMED)
+    if COUNTS:
+        score += tl.load(found_ptr + tile_idx * found_stride + offs, mask=score >= 0, other=0.0)
     best = tl.max(tl.reshape(score, [RUNS, RUN]), axis=1)
     run_offs = first_run + tl.arange(0, RUNS)
     tl.store(
@@ -93,20 +99,26 @@ def _best_of_runs_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n", "num_runs"])
+@triton.jit(do_not_specialize=["n", "num_runs", "found_stride"])
 def _recall_blocks_kernel(
     score_ptr,  # [num_tiles, num_rows * SUMMED, n]
     extent_ptr,  # [num_tiles]: columns of score that count; or null
     name_ptr,  # [num_tiles, num_rows, n]: block ids, or null
+    found_ptr,  # [num_tiles, found_stride], or null
+    length_ptr,  # [num_tiles], or null
     run_key_ptr,  # [num_tiles, num_rows, num_runs]
     run_ptr,  # [num_tiles, num_rows, PAD_RECALLED] scratch
     out_ptr,  # [num_tiles, num_rows, num_recalled]
     n,
     num_runs,
     num_recalled,
+    found_stride,
+    weight,
     PAD_RECALLED: tl.constexpr,
     HAS_EXTENT: tl.constexpr,
     HAS_NAMES: tl.constexpr,
+    REMEMBERS: tl.constexpr,
+    COUNTS: tl.constexpr,
     SUMMED: tl.constexpr,
     TWO_ROUNDS: tl.constexpr,
     RUN: tl.constexpr,
@@ -144,10 +156,18 @@ def _recall_blocks_kernel(
             column = tl.where(run >= 0, run * RUN + column % RUN, extent)
 
     score = _load_scores(score_ptr, row_idx, n, column, extent, SUMMED)
-    takes, place = _take_largest(_order_key(score), num_recalled)
     name = column
     if HAS_NAMES:
-        name = tl.load(name_ptr + row_idx * n + column, mask=takes, other=-1)
+        name = tl.load(name_ptr + row_idx * n + column, mask=score >= 0, other=-1)
+    if REMEMBERS:
+        found_ptr += tile_idx * found_stride + name
+        found = tl.load(found_ptr, mask=score >= 0, other=0.0)
+        if HAS_NAMES:
+            own = score * (weight / tl.load(length_ptr + tile_idx))
+            tl.store(found_ptr, found + own, mask=score >= 0)
+        if COUNTS:
+            score += found
+    takes, place = _take_largest(_order_key(score), num_recalled)
     tl.store(out_ptr + place, name, mask=takes)
     behind = recalled_offs >= tl.sum(takes.to(tl.int32))
     tl.store(out_ptr + recalled_offs, -1, mask=behind & (recalled_offs < num_recalled))
@@ -159,6 +179,8 @@ def recall_blocks(
     extent: Tensor | None = None,
     blocks: Tensor | None = None,
     per_layer: bool = False,
+    memory: Memory | None = None,
+    length: Tensor | None = None,
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
 
@@ -167,6 +189,8 @@ def recall_blocks(
     score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
     blocks   [num_tiles, num_rows, n] int32, the block each column stands for, ascending
+    memory   counts too, and takes up the scores of named blocks; per_layer alone
+    length   [num_tiles] int32: queries that these scores are sums over; for the memory
     returns  [num_tiles, num_rows, num_recalled] int32, ascending; -1 behind the last. A row for
              each KV head, or, per_layer, one for all by the sum of their scores
     """
@@ -174,7 +198,9 @@ def recall_blocks(
     summed = num_kv_heads if per_layer else 1
     padded = triton.next_power_of_2(max(num_recalled, 4))
     run = max(MIN_RUN, triton.next_power_of_2(triton.cdiv(n, MAX_RUNS)))
-    two_rounds = n > max(padded * run, MAX_RUNS)
+    # named blocks are few, and all of them are to be taken up, not those of the best runs alone
+    takes_up = memory is not None and blocks is not None
+    two_rounds = n > max(padded * run, MAX_RUNS) and not takes_up
     columns = padded * run if two_rounds else triton.next_power_of_2(max(n, 4))
     num_runs = triton.cdiv(n, run) if two_rounds else 0
     grid = (num_tiles, num_kv_heads // summed)
@@ -183,17 +209,24 @@ def recall_blocks(
     out = torch.empty((*grid, num_recalled), dtype=torch.int32, device=device)
     run_key = torch.empty((*grid, num_runs), dtype=torch.int32, device=device)
     best_runs = torch.empty((*grid, padded if two_rounds else 0), dtype=torch.int32, device=device)
+    found = stride = weight = None
+    if memory is not None:
+        found, stride, weight = memory.found, memory.found.stride(0), memory.weight
+    counts = memory is not None and memory.counts
     if two_rounds:
         runs = 1024 // run
         runs_grid = (*grid, triton.cdiv(num_runs, runs))
         _best_of_runs_kernel[runs_grid](
             score,
             extent,
+            found,
             run_key,
             n,
             num_runs,
             columns,
+            stride,
             HAS_EXTENT=extent is not None,
+            COUNTS=counts,
             SUMMED=summed,
             RUN=run,
             RUNS=runs,
@@ -204,15 +237,21 @@ def recall_blocks(
         score,
         extent,
         blocks,
+        found,
+        length,
         run_key,
         best_runs,
         out,
         n,
         num_runs,
         num_recalled,
+        stride,
+        weight,
         PAD_RECALLED=padded,
         HAS_EXTENT=extent is not None,
         HAS_NAMES=blocks is not None,
+        REMEMBERS=memory is not None,
+        COUNTS=counts,
         SUMMED=summed,
         TWO_ROUNDS=two_rounds,
         RUN=run,

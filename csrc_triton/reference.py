@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import SAMPLE_EVERY, Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import SAMPLE_EVERY, Memory, Pages, Rotary, Scope, Tiles
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -164,6 +164,8 @@ def recall_blocks(
     extent: Tensor | None = None,
     blocks: Tensor | None = None,
     per_layer: bool = False,
+    memory: Memory | None = None,
+    length: Tensor | None = None,
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
 
@@ -173,6 +175,8 @@ def recall_blocks(
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
     blocks   [num_tiles, num_rows, n] int32, the block each column stands for, ascending,
              -1 at the end; default: the column itself
+    memory   counts too, and takes up the scores of named blocks; per_layer alone
+    length   [num_tiles] int32: queries that these scores are sums over; for the memory
     returns  [num_tiles, num_rows, num_recalled] int32, ascending; -1 behind the last. A row for
              each KV head, or, per_layer, one for all by the sum of their scores
     """
@@ -180,6 +184,8 @@ def recall_blocks(
     if per_layer:
         first, *others = score.unbind(1)
         score = sum(others, first).unsqueeze(1)  # in the order of the heads
+    if memory is not None:
+        score = _remember(score, blocks, memory, length)
     if extent is not None:
         columns = torch.arange(n, device=score.device)
         score = score.masked_fill(columns >= extent[:, None, None], -1.0)
@@ -192,6 +198,21 @@ def recall_blocks(
     else:
         named = chosen
     return torch.where(chosen < n, named, -1).to(torch.int32)
+
+
+def _remember(
+    score: Tensor, blocks: Tensor | None, memory: Memory, length: Tensor | None
+) -> Tensor:
+    """Scores [num_tiles, 1, n] with what was found before; scores of named blocks join it."""
+    if blocks is None:
+        found = memory.found[:, None, : score.shape[-1]]
+    else:
+        named, can = blocks[:, 0].clamp(min=0).long(), score >= 0
+        found = memory.found.gather(1, named)[:, None].masked_fill(~can, 0.0)
+        assert length is not None
+        own = (score * (memory.weight / length.clamp(min=1))[:, None, None]).masked_fill(~can, 0.0)
+        memory.found.scatter_add_(1, named, own[:, 0].to(memory.found.dtype))
+    return torch.where(score >= 0, score + found, score) if memory.counts else score
 
 
 def refine_scores(

@@ -294,7 +294,7 @@ def test_columns():
     told = "model provider task context_len depth samples hits global_size local_size recall_size"
     assert (
         " ".join(needle.COLUMNS)
-        == told + " dense_limit scorer select_every seed gpu torch triton vllm commit"
+        == told + " dense_limit scorer select_every memory seed gpu torch triton vllm commit"
     )
     kernels = ast.parse((Path(needle.__file__).parent / "kernels.py").read_text())
     columns = next(

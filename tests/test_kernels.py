@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from csrc_triton import attend, kernels, reference
-from csrc_triton.layout import Pages, Rotary, Scope
+from csrc_triton.layout import Memory, Pages, Rotary, Scope
 from tests.cases import Case
 from vllm_reattention import attention, mass
 
@@ -295,6 +295,31 @@ def test_recall_among_named_blocks(kind):
     for_all = dict(blocks=names[:, :1].contiguous(), per_layer=True)
     actual = kernels.recall_blocks(score, 8, **for_all)
     assert torch.equal(actual, reference.recall_blocks(score, 8, **for_all))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("n,k", [(40, 7), (1500, 12), (5000, 60), (20000, 127)])
+def test_what_was_found_before_counts_and_grows(kind, n, k, counts):
+    """In rows of one round and of two; of blocks that are no columns nothing is found."""
+    gen = torch.Generator().manual_seed(n)
+    score = ROWS[kind](gen, n).to(DEVICE)
+    can = score[:, :1] >= 0  # what one head cannot recall none can
+    score = torch.where(can, score.clamp(min=0), -1.0)
+    extent = torch.tensor([n, 0, n - n // 3], dtype=torch.int32, device=DEVICE)
+    names = torch.randperm(2 * n, generator=gen)[:n].sort().values.int().expand(3, 1, -1)
+    names = names.contiguous().to(DEVICE)
+    length = torch.tensor([8, 1, 5], dtype=torch.int32, device=DEVICE)
+    before = torch.rand(3, 2 * n + 3, generator=gen).to(DEVICE) * 4
+    for given in ((extent, None), (None, names)):
+        ours, theirs = (Memory(before.clone(), 0.25, counts) for _ in range(2))
+        actual = kernels.recall_blocks(score, k, *given, True, ours, length)
+        exact = reference.recall_blocks(score, k, *given, True, theirs, length)
+        assert torch.equal(actual, exact)
+        torch.testing.assert_close(ours.found, theirs.found)
+        assert torch.equal(theirs.found, before) == (given[1] is None or kind in ("zeros", "tiny"))
+        forgetful = reference.recall_blocks(score, k, *given, True)
+        assert torch.equal(exact, forgetful) != counts or kind == "sparse"
 
 
 @pytest.mark.parametrize("candidates", [8, 0])

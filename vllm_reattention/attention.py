@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -15,6 +15,7 @@ SELECTION_BYTES = 256 << 20
 # So many of a full tile's queries, at equal distances, select for all of it, at a fraction of what
 # all would cost (docs/fidelity.md).
 SELECTING_QUERIES = 8
+KEPT = 64  # blocks that a request remembers from one token to the next
 MANY_TILES = 1024  # so many single queries need not split their scopes over programs
 
 
@@ -49,11 +50,12 @@ def select(
     scale: float,
     soft_cap: float = 0.0,
     add_up: Callable[[Tensor], Tensor] | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recall_blocks] int32, ascending.
 
     One row for all KV heads if they recall the same (Scope.per_layer); `add_up` then sums scores
-    over the processes that have a share of the heads each.
+    over the processes that have a share of the heads each, and `memory` takes up what was found.
     """
     stage = stages(query.device)
     tiles = selecting(tiles)
@@ -61,18 +63,19 @@ def select(
         query, pages, block_table, tiles, scope, rotary, scale
     )
 
-    def recall(score: Tensor, *args, **kwargs) -> Tensor:
+    def recall(score: Tensor, num_recalled: int, *of: Tensor | None) -> Tensor:
         if scope.per_layer and add_up is not None:
             score = add_up(score.sum(1, keepdim=True))
-        return stage.recall_blocks(score, *args, **kwargs, per_layer=scope.per_layer)
+        given = (scope.per_layer, memory, tiles.length)
+        return stage.recall_blocks(score, num_recalled, *of, *given)
 
     if not scope.candidate_blocks:
-        return recall(score, scope.recall_blocks, extent)
-    candidates = recall(score, scope.candidate_blocks, extent)
+        return recall(score, scope.recall_blocks, extent, None)
+    candidates = recall(score, scope.candidates(tiles.max_length), extent, None)
     refined = stage.refine_scores(
         query, pages, block_table, tiles, candidates, log_mass, rotary, scale, soft_cap
     )
-    return recall(refined, scope.recall_blocks, blocks=candidates)
+    return recall(refined, scope.recall_blocks, None, candidates)
 
 
 def reattention(
@@ -88,6 +91,7 @@ def reattention(
     sinks: Tensor | None = None,
     recalled: Tensor | None = None,
     add_up: Callable[[Tensor], Tensor] | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Attention of every tile over its own scope (ReAttention, arXiv 2407.15176).
 
@@ -97,7 +101,7 @@ def reattention(
     scale        of the logits, 1/sqrt(head_size) as a rule
     out          [num_tokens, num_heads, head_size]; rows of no tile are left alone
     recalled     what another layer recalled for these tiles, instead of a selection
-    add_up       as `select` takes it
+    add_up       as `select` takes it; so is memory
     returns      what was attended to: [num_tiles, num_kv_heads or 1, recall_blocks]
     """
     stage = stages(query.device)
@@ -107,14 +111,24 @@ def reattention(
         if max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window:
             num_kv_heads = pages.key.shape[1]
             run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks)
-            parts = [tiles.part(start, start + run) for start in range(0, num_tiles, run)]
             given = (scope, rotary, scale, soft_cap, add_up)
-            found = [select(query, pages, block_table, part, *given) for part in parts]
+            found = []
+            for start in range(0, num_tiles, run):
+                part = tiles.part(start, start + run)
+                known = memory and memory.part(start, start + run)
+                found.append(select(query, pages, block_table, part, *given, known))
             recalled = found[0] if len(found) == 1 else torch.cat(found)
     stage.attend(
         query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks
     )
     return recalled
+
+
+def best_found(memory: Memory) -> tuple[Tensor, Tensor]:
+    """The blocks of which most was found, and how much, [num_tiles, KEPT] int32 and fp32."""
+    found = memory.found
+    blocks = stages(found.device).recall_blocks(found[:, None], KEPT)[:, 0]
+    return blocks, found.gather(1, blocks.clamp(min=0).long()).masked_fill(blocks < 0, 0.0)
 
 
 def warm_up(
@@ -149,8 +163,14 @@ def warm_up(
             nothing = torch.zeros(num_tiles, dtype=torch.int32, device=device)
             tiles = Tiles(nothing, nothing, nothing, nothing, max_length)
             for width in _widths(max_blocks, scope):
-                table = block_table[:, :width]
-                reattention(query, pages, table, tiles, scope, rotary, scale, out, soft_cap, sinks)
+                table, memory = block_table[:, :width], None
+                if scope.memory and width > scope.dense_blocks:
+                    found = torch.zeros(num_tiles, width, device=device)
+                    memory = Memory(found, 1.0, max_length == 1)
+                given = (scope, rotary, scale, out, soft_cap, sinks)
+                reattention(query, pages, table, tiles, *given, memory=memory)
+                if memory is not None:
+                    best_found(memory)
 
 
 def _widths(max_blocks: int, scope: Scope) -> list[int]:

@@ -154,6 +154,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.sinks = sinks
         self.flash_attention = compat.flash_attention(head_size, sinks is not None, self.soft_cap)
         self.selects = True  # else it recalls what a layer before it did; set by the builder
+        self.selects_last = False  # of the builder's layers
         self.site: Site | None = None  # set when the layer is attached to its parent
         self.rope: Rope | None = None  # set once weights are loaded, and with it the next two
         self.rotary: Rotary
@@ -162,6 +163,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         config = get_current_vllm_config()
         self.config = ReAttentionConfig.read(config.additional_config)
         self.trained_window = compat.trained_window(config.model_config)
+        self.speculates = config.speculative_config is not None
         self.cache_config, self.scheduler_config = config.cache_config, config.scheduler_config
         self.add_up = compat.sum_over_processes(config.parallel_config)
         self.max_model_len = config.model_config.max_model_len
@@ -241,12 +243,13 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         pages = self._pages(layer, kv_cache)
         if attn_metadata.fresh is not None:
             self._attend_fresh(query, key, value, attn_metadata.fresh, output)
-        recalled = attn_metadata.recalled
+        recalled, table = attn_metadata.recalled, attn_metadata.block_table
         for index, tiles in enumerate(attn_metadata.tiles):
+            selects = self.selects and not self.window
             found = reattention(
                 query,
                 pages,
-                attn_metadata.block_table,
+                table,
                 tiles,
                 scope,
                 self.rotary,
@@ -257,14 +260,15 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
                 # none if the layer that selects for this one is not in this forward pass
                 None if self.selects else recalled.get(index),
                 self.add_up,
+                attn_metadata.memory(index) if selects else None,
             )
-            if self.selects and not self.window:
+            if selects:
                 recalled[index] = found
+                if self.selects_last:
+                    attn_metadata.keep(index)
                 if attn_metadata.watch is not None:
-                    table, rest = attn_metadata.block_table, (self.scale, self.soft_cap)
-                    attn_metadata.watch(
-                        query, pages, table, tiles, found, scope, self.rotary, *rest
-                    )
+                    rest = scope, self.rotary, self.scale, self.soft_cap
+                    attn_metadata.watch(query, pages, table, tiles, found, *rest)
         return output
 
     def _attend_fresh(
@@ -312,7 +316,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if next(impl for impl in self._of_all_layers() if impl._kind == self._kind) is not self:
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
-        scope = self.config.resolve(self.trained_window, block_size)
+        scope = self.config.resolve(self.trained_window, block_size, self.speculates)
         if self.window:
             scope = Scope(0, 0, 0, 0, window=self.window)
         singles = min(self.scheduler_config.max_num_seqs, len(query))

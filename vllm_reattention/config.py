@@ -10,6 +10,9 @@ Scorer = Literal["layer", "refined", "summary"]
 MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
 CANDIDATES_PER_RECALLED = 2
+# Of a single query, whose keys are read once, not from one tile after the other
+SINGLE_CANDIDATES_PER_RECALLED, SINGLE_CANDIDATES = 4, 512
+MEMORY = 0.8
 SELECT_EVERY = 4
 SELECTIONS = 7  # of a model at least, if it has so many layers
 
@@ -30,6 +33,10 @@ class ReAttentionConfig:
     select_every  every how many layers selects; those behind it recall the same blocks. For the
                   scorer "layer" alone; default 4, fewer in models with fewer than 28 layers
 
+    memory        what the tokens before found counts so much in the selections of a token that the
+                  model writes, and so much again for the next; 0 forgets. For the scorer "layer"
+                  alone; default 0.8
+
     The default scope is a quarter of the trained window, but at least 2048 tokens (or the window)
     and at most 8192: how much a model makes of recalled text falls before its window ends
     (docs/fidelity.md).
@@ -41,6 +48,7 @@ class ReAttentionConfig:
     dense_limit: int | None = None
     scorer: Scorer = "layer"
     select_every: int | None = None
+    memory: float | None = None
 
     def __post_init__(self):
         for name in ("global_size", "local_size", "recall_size", "dense_limit"):
@@ -52,6 +60,14 @@ class ReAttentionConfig:
             raise ValueError(f"select_every must be a number of layers from 1 on, got {every!r}")
         if self.scorer not in get_args(Scorer):
             raise ValueError(f"scorer must be one of {get_args(Scorer)}, got {self.scorer!r}")
+        memory = self.memory
+        if memory is not None and (type(memory) not in (int, float) or not 0 <= memory < 1):
+            raise ValueError(f"memory must be a number from 0 to below 1, got {memory!r}")
+        if self.scorer != "layer" and memory:
+            raise ValueError(
+                f"memory must be 0 with the scorer {self.scorer!r}, as a KV head has none that it "
+                f'corresponds to in the next layer, got {memory}; take the scorer "layer"'
+            )
         if self.scorer != "layer" and every not in (None, 1):
             raise ValueError(
                 f"select_every must be 1 with the scorer {self.scorer!r}, as a KV head has none "
@@ -81,8 +97,17 @@ class ReAttentionConfig:
             return 1
         return self.select_every or max(1, min(SELECT_EVERY, num_layers // SELECTIONS))
 
-    def resolve(self, trained_window: int, block_size: int) -> Scope:
-        """The scope in blocks for a model trained on `trained_window` tokens."""
+    @property
+    def remembers(self) -> float:
+        if self.scorer != "layer":
+            return 0.0
+        return MEMORY if self.memory is None else float(self.memory)
+
+    def resolve(self, trained_window: int, block_size: int, speculates: bool = False) -> Scope:
+        """The scope in blocks for a model trained on `trained_window` tokens.
+
+        speculates  tokens are verified together, so that none can know what the one before found
+        """
 
         def whole(size: int) -> int:
             return size // block_size * block_size
@@ -118,12 +143,16 @@ class ReAttentionConfig:
                 f"dense_limit must lie between the scope of {total} tokens and the trained "
                 f"window of {trained_window}, got {dense}; leave it out for the default"
             )
-        refined = self.scorer != "summary"
+        recalled, refined = recall // block_size, self.scorer != "summary"
+        candidates = CANDIDATES_PER_RECALLED * recalled if refined else 0
+        most = max(SINGLE_CANDIDATES_PER_RECALLED * recalled, SINGLE_CANDIDATES)
         return Scope(
             global_blocks=first // block_size,
-            recall_blocks=recall // block_size,
+            recall_blocks=recalled,
             local_blocks=local // block_size,
             dense_blocks=dense // block_size,
-            candidate_blocks=CANDIDATES_PER_RECALLED * recall // block_size if refined else 0,
+            candidate_blocks=candidates,
+            single_candidates=most if candidates else 0,
             per_layer=self.scorer == "layer",
+            memory=0.0 if speculates else self.remembers,
         )

@@ -19,10 +19,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
-from csrc_triton.layout import Scope, Tiles
+from csrc_triton.layout import Memory, Scope, Tiles
 from vllm_reattention import compat
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.mass import MassSamples
+from vllm_reattention.memory import Memories
 from vllm_reattention.metrics import SHARES, Counts
 from vllm_reattention.tiles import DecodeTiles, FreshPrompts, fresh_prompts, prefill_tiles
 
@@ -35,9 +36,25 @@ class ReAttentionMetadata:
     tiles: list[Tiles]  # decode tokens, prefill tiles: those there are
     block_table: Tensor  # [num_requests, max_blocks] int32
     fresh: FreshPrompts | None  # instead of prefill tiles
+    memories: Memories | None
+    is_generated: Tensor  # [num_decode_tokens] bool
     # By index of `tiles`: what the last layer that selects recalled, for those behind it.
     recalled: dict[int, Tensor] = field(default_factory=dict)
+    found: dict[int, Memory] = field(default_factory=dict)  # so far
     watch: Callable[..., None] | None = None  # shown what a layer recalled
+
+    def memory(self, index: int) -> Memory | None:
+        """Of the tiles of this index, for a layer that selects."""
+        if self.memories is not None and index not in self.found:
+            tiles = self.tiles[index]
+            is_generated = self.is_generated if tiles.max_length == 1 else None
+            self.found[index] = self.memories.recollect(tiles, self.block_table, is_generated)
+        return self.found.get(index)
+
+    def keep(self, index: int) -> None:
+        """For the tokens behind, once the last layer that selects has."""
+        if self.memories is not None:
+            self.memories.keep(self.tiles[index], self.block_table, self.found[index])
 
 
 class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
@@ -57,7 +74,9 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         self.block_size = kv_cache_spec.block_size
         config = ReAttentionConfig.read(vllm_config.additional_config)
         trained_window = compat.trained_window(vllm_config.model_config)
-        self.scope = config.resolve(trained_window, self.block_size)
+        # Tokens that are verified together would need what each other found: nothing is remembered
+        speculates = vllm_config.speculative_config is not None
+        self.scope = config.resolve(trained_window, self.block_size, speculates)
         _refuse_mixture(vllm_config, trained_window)
         every = config.layers_per_selection(vllm_config.model_config.get_total_num_hidden_layers())
         if not isinstance(kv_cache_spec, SlidingWindowSpec):
@@ -72,8 +91,12 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         self.has_flash_attention = all(
             layers[name].impl.flash_attention is not None for name in layer_names
         )
-        _share_selections({name: layers[name].impl for name in layer_names}, every)
+        selections = _share_selections({name: layers[name].impl for name in layer_names}, every)
         self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
+        self.layer, self.weight = layers[layer_names[0]], 1 / max(selections, 1)
+        self.memories: Memories | None = None
+        self.is_generated = torch.ones(rows, dtype=torch.bool, device=device)
+        self.marked = 0  # so many of these, the first, may be False
         self.counts = None
         if _first_selecting(layers) in layer_names:  # every group of layers would count alike
             self.counts = Counts(
@@ -132,6 +155,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         )
         tiles, starts = [], step.query_start_loc
         if num_decode_tokens:
+            self._mark_generated(step, num_decodes)
             decoded = starts[: num_decodes + 1], step.seq_lens[:num_decodes]
             tiles.append(self.decode.fill(*decoded, num_decode_tokens))
         fresh = None
@@ -151,7 +175,30 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             )
         max_blocks = -(-step.max_seq_len // self.block_size)
         table = step.block_table_tensor[:, :max_blocks]
-        return ReAttentionMetadata(self.scope, tiles, table, fresh)
+        memories = self._memories() if max_blocks > self.scope.dense_blocks else None
+        flags = self.is_generated[:num_decode_tokens]
+        return ReAttentionMetadata(self.scope, tiles, table, fresh, memories, flags)
+
+    def _memories(self) -> Memories | None:
+        """Made once there are pages, and outside of graphs, which would clear it in each replay."""
+        scope, pages = self.scope, len(self.layer.kv_cache)
+        if not scope.memory or not scope.recall_blocks:
+            return None
+        if self.memories is None or len(self.memories.blocks) != pages:
+            device = self.is_generated.device
+            self.memories = Memories(pages, self.block_size, scope, self.weight, device)
+        return self.memories
+
+    def _mark_generated(self, step: CommonAttentionMetadata, num_decodes: int) -> None:
+        """A prompt's last token comes as a decode if it comes alone."""
+        prefilling = step.is_prefilling
+        if prefilling is not None and prefilling[:num_decodes].any():
+            generated = ~prefilling[:num_decodes]
+            self.is_generated[: len(generated)].copy_(generated, non_blocking=True)
+            self.marked = max(self.marked, len(generated))
+        elif self.marked:
+            self.is_generated[: self.marked].fill_(True)
+            self.marked = 0
 
     def _count(self, counts: Counts, step: CommonAttentionMetadata) -> int:
         """Returns how many query tokens select, as far as the host knows."""
@@ -186,17 +233,21 @@ def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray
     return seq_lens, num_tokens
 
 
-def _share_selections(impls: dict[str, Any], every: int) -> None:
-    """Of layers 0 to every - 1 the first without a sliding window selects, and so on.
+def _share_selections(impls: dict[str, Any], every: int) -> int:
+    """Of layers 0 to every - 1 the first without a sliding window selects, and so on: how many do.
 
     A layer's number is in its name; so pipelines whose stages are whole groups select alike.
     """
-    last = None
+    last, selecting = None, []
     for index, (name, impl) in enumerate(impls.items()):
         if not impl.window:
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
             group = (numbers[0] if numbers else index) // every
             impl.selects, last = group != last, group
+            selecting += [impl] if impl.selects else []
+    if selecting:
+        selecting[-1].selects_last = True
+    return len(selecting)
 
 
 def _first_selecting(layers: dict[str, Any]) -> str | None:
