@@ -4,7 +4,8 @@
 
 Layers have a cache each, so that what one call leaves in the L2 cache does not serve the next; of
 four layers one selects, as by default, and `attention` is the mean. Stages are those of a layer
-that selects. Decode is timed in a CUDA graph; prefill is 8192 new tokens at the end of the context.
+that selects; `memory` is what a step takes once, for all its layers, to remember from one token to
+the next. Decode is timed in a CUDA graph; prefill is 8192 new tokens at the end of the context.
 Every case first passes a check against the reference; one that fails writes no row.
 
 Floors, per layer (scope of 8192 tokens; summaries are read in one layer of four):
@@ -22,9 +23,10 @@ import torch
 
 from benchmarks import harness
 from csrc_triton import kernels, reference
-from csrc_triton.layout import Pages, Rotary, Scope, Tiles, rotation_table
+from csrc_triton.layout import Memory, Pages, Rotary, Tiles, rotation_table
 from vllm_reattention.attention import SELECTING_QUERIES, reattention, selecting
-from vllm_reattention.config import CANDIDATES_PER_RECALLED, SELECT_EVERY
+from vllm_reattention.config import SELECT_EVERY, ReAttentionConfig
+from vllm_reattention.memory import Memories
 
 COLUMNS = [
     "figure",
@@ -47,7 +49,7 @@ COLUMNS = [
     "commit",
 ]
 BLOCK_SIZE = 32
-SCOPE = Scope(1, 191, 64, 256, CANDIDATES_PER_RECALLED * 191, per_layer=True)
+SCOPE = ReAttentionConfig().resolve(131072, BLOCK_SIZE)
 HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128), "smollm2-135m": (9, 3, 64)}
 NEW_TOKENS = 8192
 
@@ -85,6 +87,10 @@ class Problem:
         )
         self.out = torch.empty_like(self.query)
         self.tiles = self._tiles()
+        self.memory = None
+        if context > SCOPE.dense_blocks * BLOCK_SIZE:
+            found = torch.zeros(len(self.tiles.row), per_request, device="cuda")
+            self.memory = Memory(found, 1 / len(self.layers), counts=new_tokens == 1)
 
     def _layer(self, num_blocks: int) -> Layer:
         _, num_kv_heads, size = self.heads
@@ -119,12 +125,18 @@ class Problem:
             recalled = reattention(
                 self.query, layer.pages, self.block_table, self.tiles, SCOPE, self.rotary,
                 self.scale, self.out, recalled=recalled if index % SELECT_EVERY else None,
+                memory=self.memory,
             )  # fmt: skip
 
     def check(self) -> None:
-        """A few tiles of the last layer against the reference on what the kernels recalled."""
+        """A few tiles of the last layer against the reference on what the kernels recalled.
+
+        Without a memory, which would have them recall what the layers before it found.
+        """
         self.out.fill_(float("nan"))
+        memory, self.memory = self.memory, None
         self.ours()
+        self.memory = memory
         scored, pages = self.layers[-SELECT_EVERY].pages, self.layers[-1].pages
         for tile in {0, self.tiles.row.shape[0] - 1}:
             part = self.tiles.part(tile, tile + 1)
@@ -136,7 +148,7 @@ class Problem:
                 theirs, _, _ = reference.score_blocks(*given)
                 n = int(extent[0])
                 torch.testing.assert_close(score[..., :n], theirs[..., :n], rtol=0.1, atol=0.02)
-                found = recall(score, SCOPE.candidate_blocks, extent)
+                found = recall(score, self.candidates, extent)
                 refined = kernels.refine_scores(*given[:4], found, mass, self.rotary, self.scale)
                 recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             exact = torch.empty_like(self.out)
@@ -148,15 +160,25 @@ class Problem:
             if not error < 0.02:
                 raise AssertionError(f"attend differs from the reference by {error}")
 
+    @property
+    def candidates(self) -> int:
+        return SCOPE.candidates(self.tiles.max_length)
+
+    def memory_of_a_step(self) -> None:
+        generated = self.tiles.length > 0 if self.new_tokens == 1 else None
+        place = self.tiles, self.block_table
+        self.memories.keep(*place, self.memories.recollect(*place, generated))
+
     def stages(self) -> dict[str, Callable[[], None]]:
         """One call of each stage per layer, on what the stage before it left."""
-        kept = []
+        kept, pages = [], self.block_table.numel()
+        self.memories = Memories(pages, BLOCK_SIZE, SCOPE, 1 / len(self.layers), "cuda")
         for layer in self.layers:
             given = (self.query, layer.pages, self.block_table)
             some = (*given, selecting(self.tiles))
             rest = (self.rotary, self.scale)
             score, extent, mass = kernels.score_blocks(*some, SCOPE, *rest)
-            found = recall(score, SCOPE.candidate_blocks, extent)
+            found = recall(score, self.candidates, extent)
             refined = kernels.refine_scores(*some, found, mass, *rest)
             recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             kept.append((some, rest, score, extent, mass, found, refined, recalled))
@@ -167,7 +189,7 @@ class Problem:
         return {
             "score": over_layers(lambda g, r, *_: kernels.score_blocks(*g, SCOPE, *r)),
             "recall candidates": over_layers(
-                lambda g, r, score, extent, *_: recall(score, SCOPE.candidate_blocks, extent)
+                lambda g, r, score, extent, *_: recall(score, self.candidates, extent)
             ),
             "refine": over_layers(
                 lambda g, r, s, e, mass, found, *_: kernels.refine_scores(*g, found, mass, *r)
@@ -177,6 +199,7 @@ class Problem:
                     refined, SCOPE.recall_blocks, blocks=found
                 )
             ),
+            "memory": self.memory_of_a_step,
             "attend": over_layers(
                 lambda g, r, s, e, m, f, refined, recalled: kernels.attend(
                     *g[:3], self.tiles, recalled, SCOPE, *r, self.out
@@ -285,6 +308,8 @@ def run_case(
         try:
             for stage, function in problem.stages().items():
                 took = time(function)
+                if stage == "memory":
+                    took = [value * problem.num_layers for value in took]  # one call, not a layer's
                 row("reattention", stage, "ms", *took)
                 told += f"; {stage} {took[0]:.4f}"
         except torch.OutOfMemoryError:

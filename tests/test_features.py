@@ -190,10 +190,10 @@ def test_two_processes_share_the_heads(alone, llama, engine):
 
 def test_two_processes_share_the_layers(llama, engine):
     """Each has one of the two layers, and counts for itself. A stage's first layer selects, so
-    every layer has to for the same tokens.
+    every layer has to for the same tokens; and it remembers what its own layers found.
     """
     batches = [[Ask(FIRST, 24), Ask(THIRD, 24)]]
-    numbers = WHOLE["additional_config"]["reattention"] | dict(select_every=1)
+    numbers = WHOLE["additional_config"]["reattention"] | dict(select_every=1, memory=0)
     options = WHOLE | dict(additional_config={"reattention": numbers})
     expected, _ = engine(engines.answers, llama, batches, **options)
     stages = dict(distributed_executor_backend="mp", pipeline_parallel_size=2)

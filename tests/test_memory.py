@@ -1,0 +1,111 @@
+"""What was found for one token counts for the next, and for nobody else's."""
+
+import types
+
+import pytest
+import torch
+
+from csrc_triton.layout import Memory, Scope, Tiles
+from vllm_reattention.attention import KEPT
+from vllm_reattention.memory import Memories
+
+SCOPE = Scope(1, 4, 3, 8, 8, 16, per_layer=True, memory=0.5)
+SIZE = 16
+WIDTH = 100
+# Two requests; the second's pages stand in reverse
+TABLE = torch.stack((torch.arange(1, 101), torch.arange(200, 100, -1))).int()
+
+
+def tiles_at(*places: tuple[int, int, int], most: int = 1) -> Tiles:
+    """(request, position, length) of each tile."""
+    columns = torch.tensor([(request, 0, length, at) for request, at, length in places]).int()
+    return Tiles(*columns.unbind(1), most)
+
+
+@pytest.fixture
+def memories():
+    return Memories(201, SIZE, SCOPE, 0.25, "cpu")
+
+
+def found(*blocks: tuple[int, float]) -> torch.Tensor:
+    row = torch.zeros(WIDTH)
+    for block, value in blocks:
+        row[block] = value
+    return row
+
+
+def keep(memories, tiles: Tiles, *rows: torch.Tensor) -> None:
+    memories.keep(tiles, TABLE, Memory(torch.stack(rows), 0.25, counts=True))
+
+
+def recollect(memories, tiles: Tiles, *generated: bool) -> torch.Tensor:
+    flags = torch.tensor(generated or [True] * len(tiles.row))
+    memory = memories.recollect(tiles, TABLE, flags)
+    assert memory.counts and memory.weight == 0.25
+    return memory.found
+
+
+def test_the_next_token_knows_half_of_it(memories):
+    """Also where it begins a new page, and whatever its place in the batch."""
+    first, second = found((3, 2.0), (60, 1.0)), found((5, 4.0))
+    keep(memories, tiles_at((0, 1000, 1), (1, 1599, 1)), first, second)
+    again = recollect(memories, tiles_at((1, 1600, 1), (0, 1001, 1)))
+    assert torch.equal(again, torch.stack((second, first)) / 2)
+
+
+def test_a_prompt_starts_anew_and_leaves_what_it_found(memories):
+    keep(memories, tiles_at((0, 1000, 1)), found((3, 2.0)))
+    prompt = tiles_at((0, 1001, 7), (0, 1008, 16), most=SIZE)
+    memory = memories.recollect(prompt, TABLE, None)
+    assert not memory.counts and not memory.found.any()
+    assert not recollect(memories, tiles_at((0, 1001, 1)), False).any()  # its last token alone
+    keep(memories, prompt, found((7, 1.0)), found((9, 1.0)))
+    assert torch.equal(recollect(memories, tiles_at((0, 1024, 1)))[0], found((9, 0.5)))
+
+
+def test_nothing_is_known_of_tokens_that_attended_to_everything(memories):
+    """What lies beside their pages is somebody else's, of long ago."""
+    dense = SCOPE.dense_blocks * SIZE
+    keep(memories, tiles_at((0, dense - 1, 1)), found((3, 2.0)))
+    assert not recollect(memories, tiles_at((0, dense, 1), (0, 0, 1))).any()
+    keep(memories, tiles_at((0, dense, 1)), found((3, 2.0)))
+    assert recollect(memories, tiles_at((0, dense + 1, 1))).any()
+
+
+def test_tiles_with_nothing_to_do_overwrite_nobody(memories):
+    keep(memories, tiles_at((0, 1000, 1)), found((3, 2.0)))
+    before = memories.found[1:].clone(), memories.blocks[1:].clone()
+    keep(memories, tiles_at((0, 1000, 0), (1, 5000, 0)), found((4, 9.0)), found((4, 9.0)))
+    assert torch.equal(memories.found[1:], before[0])
+    assert torch.equal(memories.blocks[1:], before[1])
+    recollect(memories, tiles_at((1, 5000, 0)))  # beyond the table, which is not looked at
+
+
+def test_the_most_is_kept_where_there_is_much(memories):
+    row = torch.rand(WIDTH) + 1
+    keep(memories, tiles_at((0, 1000, 1)), row)
+    again = recollect(memories, tiles_at((0, 1001, 1)))[0]
+    kept = row.topk(KEPT).indices
+    assert again.count_nonzero() == KEPT < WIDTH
+    torch.testing.assert_close(again[kept], row[kept] / 2)
+
+
+def test_a_prompts_last_token_alone_is_no_generated_one():
+    """It comes among decoded ones where all before it is in the prefix cache."""
+    pytest.importorskip("vllm")
+    from vllm_reattention.metadata import ReAttentionMetadataBuilder
+
+    builder = object.__new__(ReAttentionMetadataBuilder)
+    builder.is_generated, builder.marked = torch.ones(6, dtype=torch.bool), 0
+
+    def marked(num_decodes: int, *is_prefilling: bool) -> list[bool]:
+        flags = torch.tensor(is_prefilling) if is_prefilling else None
+        builder._mark_generated(types.SimpleNamespace(is_prefilling=flags), num_decodes)
+        return builder.is_generated.tolist()
+
+    assert marked(2, False, False, True) == [True] * 6  # a prompt behind the decoded tokens
+    assert marked(3, False, False, True, True) == [True, True, False, True, True, True]
+    assert marked(2, True, False) == [False, True, False, True, True, True]
+    assert marked(3, False, False, False) == [True] * 6
+    marked(2, False, True)
+    assert marked(2) == [True] * 6  # a step of which the host does not know
