@@ -53,7 +53,8 @@ class Scope(NamedTuple):
     local_blocks: int  # the tile's own block is one of them
     dense_blocks: int  # tiles that end within so many blocks attend to everything
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
-    single_candidates: int = 0  # the same for tiles of one query: more are cheap, and find more
+    # The same for tiles of one query, where more are cheap, and find more; 0: as many as for others
+    single_candidates: int = 0
     # What the tokens before found counts so much for a token that the model writes; 0: nothing is
     # remembered. For per_layer alone.
     memory: float = 0.0
@@ -64,7 +65,8 @@ class Scope(NamedTuple):
     sample_from: int = 2048
 
     def candidates(self, max_length: int) -> int:
-        return self.single_candidates if max_length == 1 else self.candidate_blocks
+        singles = self.single_candidates or self.candidate_blocks
+        return singles if max_length == 1 else self.candidate_blocks
 
     @property
     def blocks(self) -> int:

@@ -25,8 +25,8 @@ from vllm_reattention.tiles import DecodeTiles, prefill_tiles
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
 ORDER = [
-    *("config", "metrics", "mass", "attention", "pages", "tiles", "compat", "rope", "proof"),
-    *("metadata", "backend", "plan", "doctor", "__main__"),
+    *("config", "metrics", "mass", "attention", "memory", "pages", "tiles", "compat", "rope"),
+    *("proof", "metadata", "backend", "plan", "doctor", "__main__"),
 ]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
 
@@ -177,9 +177,17 @@ def test_changelog_opens_with_this_version_and_its_vllm():
 
 def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32)
-    assert scope == Scope(1, 191, 64, 256, candidate_blocks=382, per_layer=True)
+    assert scope == Scope(1, 191, 64, 256, 382, 764, memory=0.8, per_layer=True)
+    assert [scope.candidates(length) for length in (1, 2, 32)] == [764, 382, 382]
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32)
-    assert scope == Scope(1, 47, 16, 64, candidate_blocks=94, per_layer=True)
+    assert scope == Scope(1, 47, 16, 64, 94, 512, memory=0.8, per_layer=True)
+
+
+def test_nothing_is_remembered_where_nothing_can_be():
+    scopes = [ReAttentionConfig(scorer=s).resolve(512, 32) for s in ("refined", "summary")]
+    scopes += [ReAttentionConfig(memory=0).resolve(512, 32)]
+    scopes += [ReAttentionConfig().resolve(512, 32, speculates=True)]
+    assert [scope.memory for scope in scopes] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("window", [64, 96, 500, 512, 4096, 8192, 10_000])
@@ -214,10 +222,14 @@ def test_layers_without_a_window_share_selections(windows, first, selecting):
     from vllm_reattention.metadata import _share_selections
 
     impls = {
-        f"model.layers.{index}.self_attn.attn": SimpleNamespace(window=window, selects=True)
+        f"model.layers.{index}.self_attn.attn": SimpleNamespace(
+            window=window, selects=True, selects_last=False
+        )
         for index, window in enumerate(windows, first)
     }
-    _share_selections(impls, 4)
+    assert _share_selections(impls, 4) == len(selecting)
+    (last,) = (name for name, impl in impls.items() if impl.selects_last)
+    assert last == f"model.layers.{selecting[-1]}.self_attn.attn"
     assert selecting == [
         first + place
         for place, impl in enumerate(impls.values())
@@ -237,7 +249,7 @@ def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
         num_heads=4, num_kv_heads=2, head_size=32, soft_cap=0.0, sinks=None, scale=1.0, window=0,
         flash_attention=None, trained_window=512, max_model_len=2048, kv_cache_dtype="auto",
         rotary=object(), config=ReAttentionConfig(), cache_config=SimpleNamespace(block_size=32),
-        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        scheduler_config=SimpleNamespace(max_num_seqs=4), speculates=False,
     )  # fmt: skip
     layers, done = {"mamba": SimpleNamespace()}, []
     for index, changed in enumerate(({}, {}, different, {}, different)):
@@ -274,6 +286,9 @@ def test_recalling_nothing():
         (dict(scorer="best"), "scorer must be one of"),
         (dict(select_every=0), "select_every must be a number of layers from 1 on"),
         (dict(scorer="refined", select_every=2), "select_every must be 1 with the scorer"),
+        (dict(memory=1), "memory must be a number from 0 to below 1, got 1"),
+        (dict(memory=True), "memory must be a number from 0 to below 1, got True"),
+        (dict(scorer="summary", memory=0.5), "memory must be 0 with the scorer 'summary'"),
     ],
 )
 def test_bad_numbers_are_refused(numbers, message):

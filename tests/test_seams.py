@@ -243,6 +243,8 @@ SEAMS = [
     Seam(ATTENTION, "unified_attention_with_output", "backend.ReAttentionImpl.forward",
          says="self.impl.forward(self, query, key, value, kv_cache, attn_metadata, output=output, "
               "output_scale=output_scale, output_block_scale=output_block_scale)"),
+    Seam(ATTENTION, "Attention.__init__", "metadata._memories: as many rows as pages",
+         says="self.kv_cache = torch.tensor([])"),
     Seam(ATTENTION, "set_default_quant_scales", "backend: layer._k_scale, its device",
          says="register_buffer('_k_scale',"),
     Seam(ATTENTION, "set_default_quant_scales", "backend._pages",

@@ -111,8 +111,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
             "ReAttention: scope %d tokens (%d global + %d recalled + %d local), trained window %d, "
-            "all keys up to %d, scorer %s, one selection for %d layers, summaries take %.1f %% of "
-            "the KV cache",
+            "all keys up to %d, scorer %s, one selection for %d layers, memory %g%s, summaries "
+            "take %.1f %% of the KV cache",
             scope.blocks * size,
             scope.global_blocks * size,
             scope.recall_blocks * size,
@@ -121,6 +121,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             scope.dense_blocks * size,
             config.scorer,
             every,
+            scope.memory,
+            " (tokens are speculated)" if config.remembers > scope.memory else "",
             100 * (1 - content / spec.state_content_size_bytes),
         )
 

@@ -104,9 +104,11 @@ class Plan:
         for num_tiles, max_length in (MANY_TILES, 1), (CHUNK // block, block):
             at_once = min(num_tiles, tiles_per_run(heads, self.kv_heads, max_length, max_blocks))
             # scores, log-masses of single tokens, candidates and their scores, recalled blocks
-            row = self.kv_heads * (max_blocks + 2 * scope.candidate_blocks + scope.recall_blocks)
+            candidates = scope.candidates(max_length)
+            row = self.kv_heads * (max_blocks + 2 * candidates + scope.recall_blocks)
             row += heads * (max_blocks if max_length == 1 else max_length)
-            most = max(most, 4 * at_once * row)
+            remembered = num_tiles * max_blocks if scope.memory else 0
+            most = max(most, 4 * (at_once * row + remembered))
         return max(most, turned)
 
     @property
