@@ -14,7 +14,10 @@ from vllm_reattention.attention import KEPT, best_found
 class Memories:
     """Of all requests of one worker, for the layers of one builder.
 
-    A row for each page: the blocks of which most was found up to the last token written there.
+    A row for each page: the blocks of which most was found up to the last token written there. The
+    row of a page that a connector brought is somebody else's, of long ago. Only a request that was
+    preempted and comes back from host memory but for its last token reads such a one; it fades as
+    any memory does.
     """
 
     def __init__(self, num_pages: int, block_size: int, scope: Scope, weight: float, device):

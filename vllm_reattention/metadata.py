@@ -93,7 +93,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         )
         selections = _share_selections({name: layers[name].impl for name in layer_names}, every)
         self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
-        self.layer, self.weight = layers[layer_names[0]], 1 / max(selections, 1)
+        self.layer, self.weight = layers[layer_names[0]], 1 / selections if selections else 0.0
         self.memories: Memories | None = None
         self.is_generated = torch.ones(rows, dtype=torch.bool, device=device)
         self.marked = 0  # so many of these, the first, may be False
@@ -184,7 +184,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
     def _memories(self) -> Memories | None:
         """Made once there are pages, and outside of graphs, which would clear it in each replay."""
         scope, pages = self.scope, len(self.layer.kv_cache)
-        if not scope.memory or not scope.recall_blocks:
+        if not (scope.memory and scope.recall_blocks and self.weight):  # none of a sliding window
             return None
         if self.memories is None or len(self.memories.blocks) != pages:
             device = self.is_generated.device
