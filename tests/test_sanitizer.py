@@ -147,6 +147,7 @@ def stray() -> None:
 def launch_everything() -> None:
     """Small batches, pages that nobody may touch among them, through every kernel there is."""
     from csrc_triton import attend, kernels
+    from csrc_triton.layout import Memory
     from tests.test_kernels import DECODE, DEVICE, PREFILL
     from vllm_reattention import attention
 
@@ -175,7 +176,12 @@ def launch_everything() -> None:
         inputs = case.build(torch.float16, DEVICE, cache_dtype)
         inputs.write(kernels.write_kv)
         out = torch.empty_like(inputs.query)
-        attention.reattention(*inputs.score_args(), out, case.soft_cap, inputs.sinks)
+        memory = None
+        if case.scope.per_layer:
+            found = torch.zeros((len(inputs.tiles.row), inputs.block_table.shape[1]), device=DEVICE)
+            memory = Memory(found, 0.5, counts=True)
+        given = (*inputs.score_args(), out, case.soft_cap, inputs.sinks)
+        attention.reattention(*given, memory=memory)
         positions = torch.arange(len(out), dtype=torch.int32, device=DEVICE)
         kernels.rotate_rows(inputs.query, positions, inputs.rotary)
     kernels.recall_blocks(torch.rand(2, 2, 5000, device=DEVICE), 60)  # in two rounds
