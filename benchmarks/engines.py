@@ -39,14 +39,14 @@ class Provider(NamedTuple):
             return {}
         config = ReAttentionConfig(**self.settings)
         trained = self.trained()
-        scope = config.resolve(trained.max_position_embeddings, BLOCK_SIZE)
+        layers = trained.num_hidden_layers
+        scope = config.resolve(trained.max_position_embeddings, BLOCK_SIZE, layers)
         recall, local = scope.recall_blocks, scope.local_blocks
         if self.name == "streaming":
             recall, local = 0, recall + local
         blocks = scope.global_blocks, local, recall, scope.dense_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
-        every = config.layers_per_selection(trained.num_hidden_layers)
-        scored = config.scorer, every, scope.memory
+        scored = config.scorer, config.layers_per_selection(layers), scope.memory
         return dict(zip(SETTINGS, (*sizes, *scored), strict=True))
 
     def arguments(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ COLUMNS = [
     "commit",
 ]
 BLOCK_SIZE = 32
-SCOPE = ReAttentionConfig().resolve(131072, BLOCK_SIZE)
+SCOPE = ReAttentionConfig().resolve(131072, BLOCK_SIZE, num_layers=32)
 HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128), "smollm2-135m": (9, 3, 64)}
 NEW_TOKENS = 8192
 

@@ -91,14 +91,15 @@ class Study:
         while they were written, and what attention its tokens had (0 past the dense limit)."""
         self.rule, self.needle = rule, needle
         config = ReAttentionConfig(**settings)
-        self.scope = config.resolve(self.window, BLOCK_SIZE)
-        self.select_every = config.layers_per_selection(self.model.config.num_hidden_layers)
+        layers = self.model.config.num_hidden_layers
+        self.scope = config.resolve(self.window, BLOCK_SIZE, layers)
+        self.select_every = config.layers_per_selection(layers)
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
         self.layers, self.seen, self.recalled, self.found, self.length = {}, {}, {}, {}, 0
         blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
-        weight = 1 / -(-len(self.model.model.layers) // self.select_every)
+        weight = 1 / -(-layers // self.select_every)
         self.memories = Memories(blocks, BLOCK_SIZE, self.scope, weight, self.device)
         tokens, written = prompt.tokens, []
         with torch.inference_mode():

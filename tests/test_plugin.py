@@ -176,18 +176,22 @@ def test_changelog_opens_with_this_version_and_its_vllm():
 
 
 def test_defaults():
-    scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32)
+    scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32, num_layers=32)
     assert scope == Scope(1, 191, 64, 256, 382, 764, memory=0.8, per_layer=True)
     assert [scope.candidates(length) for length in (1, 2, 32)] == [764, 382, 382]
-    scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32)
+    scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32, num_layers=30)
     assert scope == Scope(1, 47, 16, 64, 94, 512, memory=0.8, per_layer=True)
 
 
 def test_nothing_is_remembered_where_nothing_can_be():
-    scopes = [ReAttentionConfig(scorer=s).resolve(512, 32) for s in ("refined", "summary")]
-    scopes += [ReAttentionConfig(memory=0).resolve(512, 32)]
-    scopes += [ReAttentionConfig().resolve(512, 32, speculates=True)]
-    assert [scope.memory for scope in scopes] == [0, 0, 0, 0]
+    scopes = [ReAttentionConfig(scorer=s).resolve(512, 32, 32) for s in ("refined", "summary")]
+    scopes += [ReAttentionConfig(memory=0).resolve(512, 32, 32)]
+    scopes += [ReAttentionConfig().resolve(512, 32, 32, speculates=True)]
+    scopes += [ReAttentionConfig().resolve(512, 32, 13)]  # every layer selects
+    scopes += [ReAttentionConfig(select_every=1).resolve(512, 32, 32)]
+    assert [scope.memory for scope in scopes] == [0] * 6
+    assert ReAttentionConfig(select_every=2).resolve(512, 32, 2).memory == 0.8
+    assert ReAttentionConfig(memory=0.5).resolve(512, 32, 2).memory == 0.5
 
 
 @pytest.mark.parametrize("window", [64, 96, 500, 512, 4096, 8192, 10_000])
@@ -249,7 +253,7 @@ def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
         num_heads=4, num_kv_heads=2, head_size=32, soft_cap=0.0, sinks=None, scale=1.0, window=0,
         flash_attention=None, trained_window=512, max_model_len=2048, kv_cache_dtype="auto",
         rotary=object(), config=ReAttentionConfig(), cache_config=SimpleNamespace(block_size=32),
-        scheduler_config=SimpleNamespace(max_num_seqs=4), speculates=False,
+        scheduler_config=SimpleNamespace(max_num_seqs=4), speculates=False, num_layers=2,
     )  # fmt: skip
     layers, done = {"mamba": SimpleNamespace()}, []
     for index, changed in enumerate(({}, {}, different, {}, different)):

@@ -164,6 +164,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.config = ReAttentionConfig.read(config.additional_config)
         self.trained_window = compat.trained_window(config.model_config)
         self.speculates = config.speculative_config is not None
+        self.num_layers = config.model_config.get_total_num_hidden_layers()
         self.cache_config, self.scheduler_config = config.cache_config, config.scheduler_config
         self.add_up = compat.sum_over_processes(config.parallel_config)
         self.max_model_len = config.model_config.max_model_len
@@ -316,7 +317,8 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if next(impl for impl in self._of_all_layers() if impl._kind == self._kind) is not self:
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
-        scope = self.config.resolve(self.trained_window, block_size, self.speculates)
+        about = self.num_layers, self.speculates
+        scope = self.config.resolve(self.trained_window, block_size, *about)
         if self.window:
             scope = Scope(0, 0, 0, 0, window=self.window)
         singles = min(self.scheduler_config.max_num_seqs, len(query))

@@ -35,7 +35,7 @@ class ReAttentionConfig:
 
     memory        what the tokens before found counts so much in the selections of a token that the
                   model writes, and so much again for the next; 0 forgets. For the scorer "layer"
-                  alone; default 0.8
+                  alone; default 0.8, or 0 where every layer selects, which finds as much without
 
     The default scope is a quarter of the trained window, but at least 2048 tokens (or the window)
     and at most 8192: how much a model makes of recalled text falls before its window ends
@@ -97,15 +97,18 @@ class ReAttentionConfig:
             return 1
         return self.select_every or max(1, min(SELECT_EVERY, num_layers // SELECTIONS))
 
-    @property
-    def remembers(self) -> float:
-        if self.scorer != "layer":
-            return 0.0
-        return MEMORY if self.memory is None else float(self.memory)
+    def remembers(self, num_layers: int) -> float:
+        """The memory of a model of so many layers."""
+        if self.memory is not None:
+            return float(self.memory)
+        return MEMORY if self.layers_per_selection(num_layers) > 1 else 0.0
 
-    def resolve(self, trained_window: int, block_size: int, speculates: bool = False) -> Scope:
+    def resolve(
+        self, trained_window: int, block_size: int, num_layers: int = 1, speculates: bool = False
+    ) -> Scope:
         """The scope in blocks for a model trained on `trained_window` tokens.
 
+        num_layers  of the model; for its memory alone
         speculates  tokens are verified together, so that none can know what the one before found
         """
 
@@ -154,5 +157,5 @@ class ReAttentionConfig:
             candidate_blocks=candidates,
             single_candidates=most if candidates else 0,
             per_layer=self.scorer == "layer",
-            memory=0.0 if speculates else self.remembers,
+            memory=0.0 if speculates else self.remembers(num_layers),
         )

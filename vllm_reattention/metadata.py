@@ -76,11 +76,13 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         trained_window = compat.trained_window(vllm_config.model_config)
         # Tokens that are verified together would need what each other found: nothing is remembered
         speculates = vllm_config.speculative_config is not None
-        self.scope = config.resolve(trained_window, self.block_size, speculates)
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self.scope = config.resolve(trained_window, self.block_size, num_layers, speculates)
         _refuse_mixture(vllm_config, trained_window)
-        every = config.layers_per_selection(vllm_config.model_config.get_total_num_hidden_layers())
+        every = config.layers_per_selection(num_layers)
         if not isinstance(kv_cache_spec, SlidingWindowSpec):
-            self._introduce(config, trained_window, every)
+            forgets = config.remembers(num_layers) > self.scope.memory
+            self._introduce(config, trained_window, every, forgets)
         scheduler = vllm_config.scheduler_config
         rows = max(
             scheduler.max_num_batched_tokens,
@@ -106,7 +108,9 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             )
             self.masses = MassSamples(SHARES, device)
 
-    def _introduce(self, config: ReAttentionConfig, trained_window: int, every: int) -> None:
+    def _introduce(
+        self, config: ReAttentionConfig, trained_window: int, every: int, forgets: bool
+    ) -> None:
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
@@ -122,7 +126,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             config.scorer,
             every,
             scope.memory,
-            " (tokens are speculated)" if config.remembers > scope.memory else "",
+            " (tokens are speculated)" if forgets else "",
             100 * (1 - content / spec.state_content_size_bytes),
         )
 

@@ -188,7 +188,8 @@ def make(
             f"--gpus must divide the {shape.num_heads} query heads, and divide the "
             f"{shape.num_kv_heads} KV heads or be a multiple of them, got {gpus}"
         )
-    scope = ReAttentionConfig().resolve(shape.trained_window, compat.BLOCK_SIZES[0])
+    num_layers = shape.full_layers + shape.window_layers
+    scope = ReAttentionConfig().resolve(shape.trained_window, compat.BLOCK_SIZES[0], num_layers)
     fp8 = kv_cache_dtype.startswith("fp8")
     return Plan(model, shape, scope, max_model_len, gpus, fp8, gpu_bytes)
 
