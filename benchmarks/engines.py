@@ -21,8 +21,8 @@ from vllm_reattention.config import ReAttentionConfig
 # the more local tokens.
 PROVIDERS = ("reattention", "FLASH_ATTN", "streaming", "yarn")
 BLOCK_SIZE = 32
-SETTINGS = ("global_size", "local_size", "recall_size", "dense_limit", "scorer", "select_every")
-SETTINGS += ("memory",)
+SETTINGS = ("global_size", "local_size", "recall_size", "dense_limit")
+SETTINGS += ("scorer", "select_every", "memory")
 
 
 class Provider(NamedTuple):
