@@ -172,7 +172,8 @@ class Problem:
     def stages(self) -> dict[str, Callable[[], None]]:
         """One call of each stage per layer, on what the stage before it left."""
         kept, pages = [], self.block_table.numel()
-        self.memories = Memories(pages, BLOCK_SIZE, SCOPE, 1 / len(self.layers), "cuda")
+        device = self.query.device
+        self.memories = Memories(pages, BLOCK_SIZE, SCOPE.memory, 1 / len(self.layers), device)
         for layer in self.layers:
             given = (self.query, layer.pages, self.block_table)
             some = (*given, selecting(self.tiles))

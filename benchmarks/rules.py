@@ -100,7 +100,8 @@ class Study:
         blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
         weight = 1 / -(-layers // self.select_every)
-        self.memories = Memories(blocks, BLOCK_SIZE, self.scope, weight, self.device)
+        share, device = self.scope.memory, torch.device(self.device)
+        self.memories = Memories(blocks, BLOCK_SIZE, share, weight, device)
         tokens, written = prompt.tokens, []
         with torch.inference_mode():
             for _ in range(ANSWER_LEN):

@@ -2,9 +2,19 @@
 
 from csrc_triton.attend import attend
 from csrc_triton.recall import recall_blocks
+from csrc_triton.recollect import keep, recollect
 from csrc_triton.refine import refine_scores
 from csrc_triton.rotate import rotate_rows
 from csrc_triton.score import score_blocks
 from csrc_triton.write import write_kv
 
-__all__ = ["attend", "recall_blocks", "refine_scores", "rotate_rows", "score_blocks", "write_kv"]
+__all__ = [
+    "attend",
+    "keep",
+    "recall_blocks",
+    "recollect",
+    "refine_scores",
+    "rotate_rows",
+    "score_blocks",
+    "write_kv",
+]

@@ -133,6 +133,29 @@ class Memory(NamedTuple):
         return self._replace(found=self.found[start:end])
 
 
+KEPT = 64  # blocks that a request remembers from one token to the next
+
+
+class Kept(NamedTuple):
+    """What requests found, kept from one of their tokens to the next, beside the token's page.
+
+    block     [num_pages, KEPT] int32, those of which most was found up to the last token written
+              there; -1: none
+    found     [num_pages, KEPT] fp32, how much
+    position  [num_pages] int32, of that token; -1: nothing was kept
+    """
+
+    block: Tensor
+    found: Tensor
+    position: Tensor
+
+
+def nothing_kept(num_pages: int, device: torch.device) -> Kept:
+    block = torch.full((num_pages, KEPT), -1, dtype=torch.int32, device=device)
+    found = torch.zeros((num_pages, KEPT), dtype=torch.float32, device=device)
+    return Kept(block, found, block.new_full((num_pages,), -1))
+
+
 def rotation_table(frequencies: Tensor, num_positions: int) -> Tensor:
     """cos and sin of position * frequency.
 

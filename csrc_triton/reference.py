@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import SAMPLE_EVERY, Memory, Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import SAMPLE_EVERY, Kept, Memory, Pages, Rotary, Scope, Tiles
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -213,6 +213,50 @@ def _remember(
         own = (score * (memory.weight / length.clamp(min=1))[:, None, None]).masked_fill(~can, 0.0)
         memory.found.scatter_add_(1, named, own[:, 0].to(memory.found.dtype))
     return torch.where(score >= 0, score + found, score) if memory.counts else score
+
+
+def recollect(
+    kept: Kept,
+    block_table: Tensor,
+    tiles: Tiles,
+    is_generated: Tensor,
+    share: float,
+    block_size: int,
+) -> Tensor:
+    """A share of what was found up to the token before each tile's, by block of its request.
+
+    is_generated  [num_tiles] bool; the others start anew
+    returns       [num_tiles, max_blocks] fp32
+    """
+    num_tiles, max_blocks = len(tiles.row), block_table.shape[1]
+    before = tiles.position - 1
+    page = _page_at(block_table, tiles, before.clamp(min=0), block_size)
+    knows = is_generated & (before >= 0) & (kept.position[page] == before)
+    block = kept.block[page].long()
+    told = knows[:, None] & (block >= 0) & (block < max_blocks)
+    found = kept.found.new_zeros((num_tiles, max_blocks))
+    value = (kept.found[page] * share).masked_fill(~told, 0.0)
+    return found.scatter_add_(1, block.masked_fill(~told, 0), value)
+
+
+def keep(kept: Kept, found: Tensor, block_table: Tensor, tiles: Tiles, block_size: int) -> None:
+    """What was found up to each tile's last token, for the token behind it.
+
+    found  [num_tiles, max_blocks] fp32, of which the most is kept
+    """
+    last = tiles.position + tiles.length - 1
+    page = _page_at(block_table, tiles, last.clamp(min=0), block_size)
+    best = recall_blocks(found[:, None], kept.block.shape[1])[:, 0]
+    value = found.gather(1, best.clamp(min=0).long()).masked_fill(best < 0, 0.0)
+    does = tiles.length > 0
+    kept.block[page[does]] = best[does]
+    kept.found[page[does]] = value[does].to(kept.found.dtype)
+    kept.position[page[does]] = last[does]
+
+
+def _page_at(block_table: Tensor, tiles: Tiles, position: Tensor, block_size: int) -> Tensor:
+    block = (position // block_size).clamp(max=block_table.shape[1] - 1)  # of idle tiles
+    return block_table[tiles.request.long(), block.long()].long()
 
 
 def refine_scores(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from csrc_triton import attend, kernels, reference
-from csrc_triton.layout import Memory, Pages, Rotary, Scope
+from csrc_triton.layout import KEPT, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 from tests.cases import Case
 from vllm_reattention import attention, mass
 
@@ -320,6 +320,35 @@ def test_what_was_found_before_counts_and_grows(kind, n, k, counts):
         assert torch.equal(theirs.found, before) == (given[1] is None or kind in ("zeros", "tiny"))
         forgetful = reference.recall_blocks(score, k, *given, True)
         assert torch.equal(exact, forgetful) != counts or kind == "sparse"
+
+
+@pytest.mark.parametrize("width", [50, 5000])
+def test_what_is_kept_is_what_the_next_token_knows(width):
+    """Requests in any order, one that has nothing to do, one whose page somebody else wrote to."""
+    gen = torch.Generator().manual_seed(width)
+    pages = torch.randperm(4 * width, generator=gen).view(4, width).int().to(DEVICE)
+    last = torch.tensor([16 * 40 + 3, 16 * 41 - 1, 16 * 45, 16 * 47 + 9], device=DEVICE).int()
+    request = torch.tensor([2, 0, 3, 1], device=DEVICE).int()
+    length = torch.tensor([1, 5, 0, 16], device=DEVICE).int()
+    told = Tiles(request, request, length, last + 1 - length, 16)
+    found = torch.rand(4, width, generator=gen).to(DEVICE)
+    found[1, 3:] = 0.0  # fewer than are kept
+    is_generated = torch.tensor([True, True, True, False], device=DEVICE)
+    again = Tiles(request, request, torch.ones_like(request), last + 1, 1)
+    later = again._replace(position=last + 2)
+    kept, known = {}, {}
+    for stage in (kernels, reference):
+        kept[stage] = nothing_kept(4 * width, torch.device(DEVICE))
+        stage.keep(kept[stage], found, pages, told, 16)
+        given = is_generated, 0.5, 16
+        known[stage] = stage.recollect(kept[stage], pages, again, *given)
+        assert not stage.recollect(kept[stage], pages, later, *given).any()
+    for ours, theirs in zip(kept[kernels], kept[reference], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(known[kernels], known[reference])
+    assert torch.equal(known[kernels][1], found[1] / 2)
+    assert known[kernels][0].count_nonzero() == min(width, KEPT)
+    assert not known[kernels][2:].any()
 
 
 @pytest.mark.parametrize("candidates", [8, 0])

@@ -5,11 +5,9 @@ import types
 import pytest
 import torch
 
-from csrc_triton.layout import Memory, Scope, Tiles
-from vllm_reattention.attention import KEPT
+from csrc_triton.layout import KEPT, Memory, Tiles
 from vllm_reattention.memory import Memories
 
-SCOPE = Scope(1, 4, 3, 8, 8, 16, per_layer=True, memory=0.5)
 SIZE = 16
 WIDTH = 100
 # Two requests; the second's pages stand in reverse
@@ -24,7 +22,7 @@ def tiles_at(*places: tuple[int, int, int], most: int = 1) -> Tiles:
 
 @pytest.fixture
 def memories():
-    return Memories(201, SIZE, SCOPE, 0.25, "cpu")
+    return Memories(201, SIZE, 0.5, 0.25, torch.device("cpu"))
 
 
 def found(*blocks: tuple[int, float]) -> torch.Tensor:
@@ -63,21 +61,22 @@ def test_a_prompt_starts_anew_and_leaves_what_it_found(memories):
     assert torch.equal(recollect(memories, tiles_at((0, 1024, 1)))[0], found((9, 0.5)))
 
 
-def test_nothing_is_known_of_tokens_that_attended_to_everything(memories):
-    """What lies beside their pages is somebody else's, of long ago."""
-    dense = SCOPE.dense_blocks * SIZE
-    keep(memories, tiles_at((0, dense - 1, 1)), found((3, 2.0)))
-    assert not recollect(memories, tiles_at((0, dense, 1), (0, 0, 1))).any()
-    keep(memories, tiles_at((0, dense, 1)), found((3, 2.0)))
-    assert recollect(memories, tiles_at((0, dense + 1, 1))).any()
+def test_what_a_page_held_before_is_nobodys(memories):
+    """A token that attended to everything keeps nothing; nor does one that a connector brings."""
+    keep(memories, tiles_at((0, 1000, 1)), found((3, 2.0)))
+    taken = TABLE.flip(0).clone()
+    taken[1, 900 // SIZE] = TABLE[0, 1000 // SIZE]
+    generated = torch.tensor([True, True, True])
+    tiles = tiles_at((1, 901, 1), (1, 909, 1), (1, 0, 1))
+    assert not memories.recollect(tiles, taken, generated).found.any()
+    assert recollect(memories, tiles_at((0, 1001, 1))).any()
 
 
 def test_tiles_with_nothing_to_do_overwrite_nobody(memories):
     keep(memories, tiles_at((0, 1000, 1)), found((3, 2.0)))
-    before = memories.found[1:].clone(), memories.blocks[1:].clone()
+    before = [part.clone() for part in memories.kept]
     keep(memories, tiles_at((0, 1000, 0), (1, 5000, 0)), found((4, 9.0)), found((4, 9.0)))
-    assert torch.equal(memories.found[1:], before[0])
-    assert torch.equal(memories.blocks[1:], before[1])
+    assert all(torch.equal(*pair) for pair in zip(memories.kept, before, strict=True))
     recollect(memories, tiles_at((1, 5000, 0)))  # beyond the table, which is not looked at
 
 

@@ -147,7 +147,7 @@ def stray() -> None:
 def launch_everything() -> None:
     """Small batches, pages that nobody may touch among them, through every kernel there is."""
     from csrc_triton import attend, kernels
-    from csrc_triton.layout import Memory
+    from csrc_triton.layout import Memory, nothing_kept
     from tests.test_kernels import DECODE, DEVICE, PREFILL
     from vllm_reattention import attention
 
@@ -184,6 +184,11 @@ def launch_everything() -> None:
         attention.reattention(*given, memory=memory)
         positions = torch.arange(len(out), dtype=torch.int32, device=DEVICE)
         kernels.rotate_rows(inputs.query, positions, inputs.rotary)
+        if memory is not None:
+            place, size = (inputs.block_table, inputs.tiles), case.block_size
+            kept = nothing_kept(len(inputs.pages.key), torch.device(DEVICE))
+            kernels.keep(kept, memory.found, *place, size)
+            kernels.recollect(kept, *place, inputs.tiles.length > 0, 0.5, size)
     kernels.recall_blocks(torch.rand(2, 2, 5000, device=DEVICE), 60)  # in two rounds
     torch.cuda.synchronize()
     assert launched == all_of_them, f"not launched: {all_of_them - launched}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -15,8 +15,6 @@ SELECTION_BYTES = 256 << 20
 # So many of a full tile's queries, at equal distances, select for all of it, at a fraction of what
 # all would cost (docs/fidelity.md).
 SELECTING_QUERIES = 8
-KEPT = 64  # blocks that a request remembers from one token to the next
-MANY_TILES = 1024  # so many single queries need not split their scopes over programs
 
 
 def stages(device: torch.device) -> ModuleType:
@@ -124,13 +122,6 @@ def reattention(
     return recalled
 
 
-def best_found(memory: Memory) -> tuple[Tensor, Tensor]:
-    """The blocks of which most was found, and how much, [num_tiles, KEPT] int32 and fp32."""
-    found = memory.found
-    blocks = stages(found.device).recall_blocks(found[:, None], KEPT)[:, 0]
-    return blocks, found.gather(1, blocks.clamp(min=0).long()).masked_fill(blocks < 0, 0.0)
-
-
 def warm_up(
     query: Tensor,
     num_kv_heads: int,
@@ -162,15 +153,16 @@ def warm_up(
         for num_tiles in counts:
             nothing = torch.zeros(num_tiles, dtype=torch.int32, device=device)
             tiles = Tiles(nothing, nothing, nothing, nothing, max_length)
+            kept, nobody = nothing_kept(1, device), nothing > 0
             for width in _widths(max_blocks, scope):
                 table, memory = block_table[:, :width], None
                 if scope.memory and width > scope.dense_blocks:
-                    found = torch.zeros(num_tiles, width, device=device)
+                    found = stage.recollect(kept, table, tiles, nobody, 0.0, block_size)
                     memory = Memory(found, 1.0, max_length == 1)
                 given = (scope, rotary, scale, out, soft_cap, sinks)
                 reattention(query, pages, table, tiles, *given, memory=memory)
                 if memory is not None:
-                    best_found(memory)
+                    stage.keep(kept, memory.found, table, tiles, block_size)
 
 
 def _widths(max_blocks: int, scope: Scope) -> list[int]:

@@ -1,5 +1,6 @@
 """What vLLM asks of an attention backend, and what it calls."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
@@ -18,9 +19,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from csrc_triton.layout import Pages, Rotary, Scope
 from vllm_reattention import compat
-from vllm_reattention.attention import MANY_TILES, reattention, stages, warm_up
-from vllm_reattention.config import ReAttentionConfig
-from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder
+from vllm_reattention.attention import reattention, stages, warm_up
+from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder, scope_of
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.proof import prove
 from vllm_reattention.rope import Refused, Rope, Site
@@ -161,11 +161,12 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.summary_dtype: torch.dtype
 
         config = get_current_vllm_config()
-        self.config = ReAttentionConfig.read(config.additional_config)
-        self.trained_window = compat.trained_window(config.model_config)
-        self.speculates = config.speculative_config is not None
-        self.num_layers = config.model_config.get_total_num_hidden_layers()
-        self.cache_config, self.scheduler_config = config.cache_config, config.scheduler_config
+        self.scope_of = functools.partial(scope_of, config)  # a block size
+        self.num_positions = self._num_positions()
+        self.cache_config = config.cache_config
+        speculative, most_requests = config.speculative_config, config.scheduler_config.max_num_seqs
+        verified = 1 + speculative.num_speculative_tokens if speculative else 1
+        self.most_singles, self.most_requests = most_requests * verified, most_requests
         self.add_up = compat.sum_over_processes(config.parallel_config)
         self.max_model_len = config.model_config.max_model_len
         self.layers = config.compilation_config.static_forward_context
@@ -184,7 +185,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             )
         self.summary_dtype = act_dtype if act_dtype.itemsize == 2 else torch.bfloat16
         self.rotary = self._shared_rotary(rope) or rope.rotary(
-            self._num_positions(), layer._k_scale.device
+            self.num_positions, layer._k_scale.device
         )
         self.rope = rope
         # A buffer outlives sleep: level 2 saves buffers and writes them back in place.
@@ -193,7 +194,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
     def _num_positions(self) -> int:
         """Positions in a scope or window, which stands anywhere in its first and last block."""
         block_size, *_, largest = compat.BLOCK_SIZES
-        dense = self.config.resolve(self.trained_window, block_size).dense_blocks * block_size
+        dense = self.scope_of(block_size).dense_blocks * block_size
         return max(dense, self.window) + 2 * largest
 
     def _shared_rotary(self, rope: Rope) -> Rotary | None:
@@ -201,7 +202,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         for other in self._of_all_layers():
             if (
                 other.rope is not None
-                and len(other.rotary.cos_sin) == self._num_positions()
+                and len(other.rotary.cos_sin) == self.num_positions
                 and other.rope.interleaved == rope.interleaved
                 and other.rope.magnitude == rope.magnitude
                 and torch.equal(other.rope.radians, rope.radians)
@@ -304,7 +305,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         """Layers for which this is equal compile the same kernels and take the same memory."""
         heads = self.num_heads, self.num_kv_heads, self.head_size
         has = self.soft_cap > 0, self.sinks is not None, self.flash_attention is not None
-        lengths = self.window, self.trained_window, self.max_model_len
+        lengths = self.window, self.num_positions, self.max_model_len
         return *heads, *has, *lengths, self.kv_cache_dtype, id(self.rotary)
 
     def _warm_up(self, query: Tensor, key: Tensor) -> None:
@@ -317,17 +318,16 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if next(impl for impl in self._of_all_layers() if impl._kind == self._kind) is not self:
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
-        about = self.num_layers, self.speculates
-        scope = self.config.resolve(self.trained_window, block_size, *about)
+        scope = self.scope_of(block_size)
         if self.window:
             scope = Scope(0, 0, 0, 0, window=self.window)
-        singles = min(self.scheduler_config.max_num_seqs, len(query))
-        prompts = len(query) // block_size + self.scheduler_config.max_num_seqs
+        singles = min(self.most_singles, len(query))
+        prompts = len(query) // block_size + self.most_requests
         warm_up(
             query,
             self.num_kv_heads,
             torch.float8_e4m3fn if self.kv_cache_dtype.startswith("fp8") else query.dtype,
-            {1: {1, singles, MANY_TILES}, block_size: {prompts}},
+            {1: {1, singles}, block_size: {prompts}},
             -(-self.max_model_len // block_size),
             block_size,
             scope,

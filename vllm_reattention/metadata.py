@@ -57,6 +57,16 @@ class ReAttentionMetadata:
             self.memories.keep(self.tiles[index], self.block_table, self.found[index])
 
 
+def scope_of(vllm_config: VllmConfig, block_size: int) -> Scope:
+    """What the tokens of a model as it is served attend to."""
+    config = ReAttentionConfig.read(vllm_config.additional_config)
+    model = vllm_config.model_config
+    # Tokens that are verified together would need what each other found: nothing is remembered
+    speculates = vllm_config.speculative_config is not None
+    num_layers = model.get_total_num_hidden_layers()
+    return config.resolve(compat.trained_window(model), block_size, num_layers, speculates)
+
+
 class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
     """Splits a step into decode tokens, whose requests stand first, and prefill tiles."""
 
@@ -74,10 +84,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         self.block_size = kv_cache_spec.block_size
         config = ReAttentionConfig.read(vllm_config.additional_config)
         trained_window = compat.trained_window(vllm_config.model_config)
-        # Tokens that are verified together would need what each other found: nothing is remembered
-        speculates = vllm_config.speculative_config is not None
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        self.scope = config.resolve(trained_window, self.block_size, num_layers, speculates)
+        self.scope = scope_of(vllm_config, self.block_size)
         _refuse_mixture(vllm_config, trained_window)
         every = config.layers_per_selection(num_layers)
         if not isinstance(kv_cache_spec, SlidingWindowSpec):
@@ -190,9 +198,9 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         scope, pages = self.scope, len(self.layer.kv_cache)
         if not (scope.memory and scope.recall_blocks and self.weight):  # none of a sliding window
             return None
-        if self.memories is None or len(self.memories.blocks) != pages:
-            device = self.is_generated.device
-            self.memories = Memories(pages, self.block_size, scope, self.weight, device)
+        if self.memories is None or len(self.memories.kept.position) != pages:
+            size, device = self.block_size, self.is_generated.device
+            self.memories = Memories(pages, size, scope.memory, self.weight, device)
         return self.memories
 
     def _mark_generated(self, step: CommonAttentionMetadata, num_decodes: int) -> None:

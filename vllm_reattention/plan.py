@@ -12,12 +12,13 @@ import transformers
 
 from csrc_triton.layout import Scope
 from vllm_reattention import compat
-from vllm_reattention.attention import MANY_TILES, tiles_per_run
+from vllm_reattention.attention import tiles_per_run
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token
 
 GIB = 2**30
 CHUNK = 8192  # --max-num-batched-tokens of the command that is planned
+MOST_REQUESTS = 1024  # --max-num-seqs of vLLM on large GPUs, unless told
 RESERVE = 2 * GIB  # the model's own activations, CUDA graphs, communication: a guess
 MOST_GPUS = 8
 
@@ -101,7 +102,7 @@ class Plan:
         if max_blocks <= scope.dense_blocks:
             return turned
         most = 0
-        for num_tiles, max_length in (MANY_TILES, 1), (CHUNK // block, block):
+        for num_tiles, max_length in (MOST_REQUESTS, 1), (CHUNK // block, block):
             at_once = min(num_tiles, tiles_per_run(heads, self.kv_heads, max_length, max_blocks))
             # scores, log-masses of single tokens, candidates and their scores, recalled blocks
             candidates = scope.candidates(max_length)
