@@ -10,8 +10,7 @@ Scorer = Literal["layer", "refined", "summary"]
 MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
 CANDIDATES_PER_RECALLED = 2
-# Of a single query, whose keys are read once, not from one tile after the other
-SINGLE_CANDIDATES_PER_RECALLED, SINGLE_CANDIDATES = 4, 512
+SINGLE_CANDIDATES = 512  # at least, of a single query, whose keys are read once
 MEMORY = 0.8
 SELECT_EVERY = 4
 SELECTIONS = 7  # of a model at least, if it has so many layers
@@ -148,14 +147,13 @@ class ReAttentionConfig:
             )
         recalled, refined = recall // block_size, self.scorer != "summary"
         candidates = CANDIDATES_PER_RECALLED * recalled if refined else 0
-        most = max(SINGLE_CANDIDATES_PER_RECALLED * recalled, SINGLE_CANDIDATES)
         return Scope(
             global_blocks=first // block_size,
             recall_blocks=recalled,
             local_blocks=local // block_size,
             dense_blocks=dense // block_size,
             candidate_blocks=candidates,
-            single_candidates=most if candidates else 0,
+            single_candidates=max(candidates, SINGLE_CANDIDATES) if candidates else 0,
             per_layer=self.scorer == "layer",
             memory=0.0 if speculates else self.remembers(num_layers),
         )
