@@ -8,6 +8,12 @@ that selects; `memory` is what a step takes once, for all its layers, to remembe
 the next. Decode is timed in a CUDA graph; prefill is 8192 new tokens at the end of the context.
 Every case first passes a check against the reference; one that fails writes no row.
 
+FA3, TRITON_ATTN and FlashInfer read our pages. xformers takes none but token-major ones and has a
+random cache of those; there is no prefill by it, as without the flash-attn package its paged masks
+end at 16 causal queries. The best of FA3's split caps and of xformers' settings counts; FlashInfer
+plans before it is timed. Where xformers or FlashInfer is missing, fails its check or does not run,
+it has no row and why is printed.
+
 Floors, per layer (scope of 8192 tokens; summaries are read in one layer of four):
   decode bytes    context/32/4 * kv_heads * 2d * 2 (summaries) + scope * kv_heads * 2d * itemsize
   prefill FLOPs   4 * new * scope * heads * d (attend)
@@ -52,9 +58,50 @@ BLOCK_SIZE = 32
 SCOPE = ReAttentionConfig().resolve(131072, BLOCK_SIZE, num_layers=32)
 HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128), "smollm2-135m": (9, 3, 64)}
 NEW_TOKENS = 8192
+XFORMERS_PAGE = 64  # a multiple of the keys its kernel takes at once
+SECOND_CACHE = 40e9  # bytes: what xformers' own cache may take beside ours
 
 
 recall = functools.partial(kernels.recall_blocks, per_layer=SCOPE.per_layer)
+
+
+def page_lists(block_table: torch.Tensor, context: int, page_size: int) -> tuple[torch.Tensor, ...]:
+    """Pages as FlashInfer takes them: where a request's begin, all in a row, tokens in the last."""
+    batch, pages = block_table.shape[0], -(-context // page_size)
+    device = block_table.device
+    begin = torch.arange(batch + 1, device=device, dtype=torch.int32) * pages
+    last = torch.full((batch,), context - (pages - 1) * page_size, device=device, dtype=torch.int32)
+    return begin, block_table[:, :pages].flatten(), last
+
+
+def attention_of_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: torch.Tensor,
+    context: int,
+    scale: float,
+) -> torch.Tensor:
+    """One token's attention, (heads, size), over pages (block, KV head, token, size), in fp32."""
+    out = []
+    for head, queries in enumerate(query.float().chunk(key.shape[1])):
+        keys, values = (x[blocks, head].flatten(0, 1)[:context].float() for x in (key, value))
+        out.append(torch.softmax(queries @ keys.T * scale, -1) @ values)
+    return torch.cat(out)
+
+
+def assert_agree(out: torch.Tensor, exact: torch.Tensor) -> None:
+    error = (out.float() - exact.float()).norm() / exact.float().norm()
+    if not error < 0.02:
+        raise AssertionError(f"its output is off by {error:.3g}")
+
+
+def best_of(time: Callable, make: Callable[[], dict[str, Callable]]):
+    """Times of the best that `make` offers and its name; None and a reason where there is none."""
+    try:
+        return min((time(function), name) for name, function in make().items())
+    except Exception as error:
+        return None, (str(error) or repr(error)).strip().split("\n")[0]
 
 
 @dataclass
@@ -154,11 +201,7 @@ class Problem:
             exact = torch.empty_like(self.out)
             reference.attend(self.query, pages, self.block_table, part, recalled, *given[4:], exact)
             rows = slice(int(part.row[0]), int(part.row[0] + part.length[0]))
-            error = (self.out[rows].float() - exact[rows].float()).norm() / exact[
-                rows
-            ].float().norm()
-            if not error < 0.02:
-                raise AssertionError(f"attend differs from the reference by {error}")
+            assert_agree(self.out[rows], exact[rows])
 
     @property
     def candidates(self) -> int:
@@ -258,6 +301,85 @@ class Problem:
 
         return run
 
+    def xformers(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """Its paged decode, on random token-major pages of its own: as it is set, with more splits
+        than its heuristic goes up to, and with more warps and stages."""
+        from xformers.ops import fmha
+
+        num_heads, num_kv_heads, size = self.heads
+        per_request = -(-self.context // XFORMERS_PAGE)
+        shape = (self.batch * per_request, XFORMERS_PAGE, num_kv_heads, size)
+        if 4 * torch.Size(shape).numel() * self.num_layers > SECOND_CACHE:
+            raise MemoryError("its own cache does not fit beside ours")
+        caches = [
+            [torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for _ in "kv"]
+            for _ in self.layers
+        ]
+        table = torch.randperm(shape[0], device="cuda").int().view(self.batch, per_request)
+        bias = fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+            q_seqlen=[1] * self.batch, kv_seqlen=[self.context] * self.batch,
+            block_tables=table, page_size=XFORMERS_PAGE, device=table.device,
+        )  # fmt: skip
+        group = num_heads // num_kv_heads
+        query = self.query.view(1, self.batch, num_kv_heads, group, size)
+
+        def grouped(cache):
+            return cache.view(1, -1, num_kv_heads, 1, size).expand(-1, -1, -1, group, -1)
+
+        def provider(operator):
+            def run():
+                for key, value in caches:
+                    out = fmha.memory_efficient_attention_forward(
+                        query, grouped(key), grouped(value), bias, scale=self.scale, op=operator
+                    )
+                return out
+
+            pages = (cache.transpose(1, 2) for cache in caches[-1])
+            exact = attention_of_one(self.query[0], *pages, table[0], self.context, self.scale)
+            assert_agree(run()[0, 0].flatten(0, 1), exact)
+            return run
+
+        operator = fmha.triton_splitk.FwOp
+        return {
+            "as it is": provider(operator),
+            "128 splits": provider(operator.get_operator(128)),
+            "4 warps": provider(operator.get_operator(64, num_warps=4, num_stages=3)),
+        }
+
+    def flashinfer(self, exact: torch.Tensor | None) -> dict[str, Callable[[], torch.Tensor]]:
+        """FlashInfer on the same pages, as it chooses; `exact` is what FA3 made of them."""
+        import flashinfer
+
+        begin, indices, last = page_lists(self.block_table, self.context, BLOCK_SIZE)
+        workspace = torch.zeros(256 << 20, device="cuda", dtype=torch.uint8)
+        shape = (*self.heads, BLOCK_SIZE)
+        types = dict(q_data_type=self.query.dtype, kv_data_type=self.dtype, sm_scale=self.scale)
+        if self.new_tokens == 1:
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                workspace, "HND", use_cuda_graph=True, use_tensor_cores=True,
+                paged_kv_indptr_buffer=begin.clone(), paged_kv_indices_buffer=indices.clone(),
+                paged_kv_last_page_len_buffer=last.clone(),
+            )  # fmt: skip
+            wrapper.plan(begin, indices, last, *shape, **types)
+        else:
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+            start = torch.arange(self.batch + 1, dtype=torch.int32) * self.new_tokens
+            wrapper.plan(start, begin, indices, last, *shape, causal=True, **types)
+
+        def run():
+            for layer in self.layers:
+                wrapper.run(self.query, (layer.pages.key, layer.pages.value), out=self.out)
+            return self.out
+
+        self.out.fill_(float("nan"))
+        run()
+        if exact is not None:
+            assert_agree(self.out, exact)
+        pages, newest = self.layers[-1].pages, self.new_tokens - 1  # of request 0
+        given = (pages.key, pages.value, self.block_table[0], self.context, self.scale)
+        assert_agree(self.out[newest], attention_of_one(self.query[newest], *given))
+        return {"": run}
+
 
 def floor(problem: Problem) -> tuple[float, float]:
     """Bytes and FLOPs one layer cannot do without."""
@@ -315,14 +437,30 @@ def run_case(
                 told += f"; {stage} {took[0]:.4f}"
         except torch.OutOfMemoryError:
             told += "; stages do not fit at once"
+    exact = None
     if harness.version("vllm") != "-":
-        best = min((time(f), n) for n, f in problem.flash_attn_3().items())
+        tries = problem.flash_attn_3()
+        best = min((time(f), n) for n, f in tries.items())
+        if others:
+            tries["0"]()
+            exact = problem.out.clone()
         row("FLASH_ATTN (FA3)", "attention", "ms", *best[0])
         told += f" | FA3 {best[0][0]:.4f} (splits {best[1]}) -> {best[0][0] / ours[0]:.2f}x"
         if others and context <= 131072 and dtype.itemsize == 2:
             took = time(problem.triton_attn())
             row("TRITON_ATTN", "attention", "ms", *took)
             told += f" | TRITON_ATTN {took[0]:.4f}"
+    if others and dtype.itemsize == 2:
+        baselines = {"FlashInfer": functools.partial(problem.flashinfer, exact)}
+        if new == 1:
+            baselines = {"xformers (triton_splitk)": problem.xformers} | baselines
+        for provider, make in baselines.items():
+            took, name = best_of(time, make)
+            if took is None:
+                told += f" | {provider} has no row: {name}"
+                continue
+            row(provider, "attention", "ms", *took)
+            told += f" | {provider} {took[0]:.4f}" + (f" ({name})" if name else "")
     print(told, flush=True)
     harness.append(harness.RESULTS / "kernels.csv", COLUMNS, rows)
 

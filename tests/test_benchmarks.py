@@ -1,7 +1,6 @@
 """The benchmarks' pure parts: prompts, scores, what is asked of vLLM, what is written down."""
 
 import argparse
-import ast
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from benchmarks import (
     demo,
     engines,
     harness,
+    kernels,
     load,
     loss,
     needle,
@@ -290,19 +290,50 @@ def test_rows_count_hits_by_task_and_depth():
     assert all(row["model"] == "m" for row in found)
 
 
+@pytest.mark.parametrize("context", [1, 31, 32, 33, 96])
+def test_page_lists_name_the_pages_of_the_block_table(context):
+    table = torch.randperm(12).int().view(3, 4)
+    begin, indices, last = kernels.page_lists(table, context, 32)
+    assert begin.dtype == indices.dtype == last.dtype == torch.int32
+    for request, blocks in enumerate(table):
+        pages = indices[begin[request] : begin[request + 1]]
+        assert (len(pages) - 1) * 32 + last[request] == context and 0 < last[request] <= 32
+        assert pages.tolist() == blocks[: len(pages)].tolist()
+    assert len(indices) == begin[-1]
+
+
+def test_attention_of_one_is_attention_over_its_pages():
+    key, value = torch.randn(2, 9, 2, 8, 16)  # pages, KV heads, tokens, size
+    query, blocks = torch.randn(6, 16), torch.tensor([7, 0, 3]).int()
+    keys, values = (x[blocks].transpose(0, 1).flatten(1, 2)[:, :21] for x in (key, value))
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query[None, :, None], keys[None], values[None], scale=0.3, enable_gqa=True
+    )
+    out = kernels.attention_of_one(query, key, value, blocks, 21, 0.3)
+    torch.testing.assert_close(out, exact[0, :, 0])
+    kernels.assert_agree(out.bfloat16(), exact[0, :, 0])
+    with pytest.raises(AssertionError, match="off by"):
+        kernels.assert_agree(out * float("nan"), exact[0, :, 0])
+
+
+def test_the_best_of_a_baseline_counts_and_one_that_fails_tells_why():
+    made = {"slow": lambda: 3.0, "fast": lambda: 2.0}
+    assert kernels.best_of(lambda function: [function()], lambda: made) == ([2.0], "fast")
+
+    def fails():
+        raise RuntimeError("no such kernel\nat line 3")
+
+    assert kernels.best_of(None, fails) == (None, "no such kernel")
+    assert kernels.best_of(lambda function: function(), lambda: {"": fails})[0] is None
+
+
 def test_columns():
     told = "model provider task context_len depth samples hits global_size local_size recall_size"
     assert (
         " ".join(needle.COLUMNS)
         == told + " dense_limit scorer select_every memory seed gpu torch triton vllm commit"
     )
-    kernels = ast.parse((Path(needle.__file__).parent / "kernels.py").read_text())
-    columns = next(
-        ast.literal_eval(node.value)
-        for node in kernels.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "COLUMNS"
-    )
-    assert columns == serving.COLUMNS
+    assert kernels.COLUMNS == serving.COLUMNS
     assert set(harness.stamp()) < set(serving.COLUMNS) & set(needle.COLUMNS)
     assert set(harness.stamp()) < set(agreement.COLUMNS)
 
