@@ -74,6 +74,9 @@ def run_grid(
             print(
                 f"{provider.name} {task} {length}: {share(found):.1%}, {seconds:.1f} s", flush=True
             )
+            pairs = [pair for pair in zip(samples, written, strict=True) if score(*pair) < 1]
+            for sample, text in pairs[: needle.TOLD]:
+                print(f"  missed {sample.depth} {sample.answers}: {text!r}", flush=True)
 
 
 def share(found: list[dict]) -> float:

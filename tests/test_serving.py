@@ -135,10 +135,11 @@ def test_scopes_differ_in_what_they_say(folder, engine):
         SIZES | dict(recall_size=0),
         SIZES | dict(recall_size=0, local_size=160),
     ]
-    said = []
+    said, texts = [], [*LONG, LONG[0][::-1]]
     for n in numbers:
-        (tokens,), _ = engine(engines.generate, model, [LONG], additional_config={"reattention": n})
-        said.append(tuple(tokens[0]))
+        config = {"reattention": n}
+        (tokens,), _ = engine(engines.generate, model, [texts], additional_config=config)
+        said.append(tuple(map(tuple, tokens)))
     assert len({said[0], *said[2:]}) == 5
 
 
@@ -244,10 +245,11 @@ def test_serve(folder):
     def told(name: str, **labels: str) -> float:
         return total(samples, f"reattention_{name}", engine="0", worker="0", **labels)
 
-    # Of 1107 tokens those from 512 on select: 19 prefill tiles and 7 single tokens, 11 blocks each
+    # Of 1107 tokens those from 512 on select: 19 prefill tiles, the prompt's last token and seven
+    # more by themselves, 11 blocks each
     assert told("rows_dense_total") == 512
     assert told("rows_selected_total") == 588 + 7
-    assert told("blocks_recalled_total") == (19 + 7) * 11
+    assert told("blocks_recalled_total") == (19 + 1 + 7) * 11
     assert told("context_tokens_count") == told("context_tokens_bucket", le="+Inf") == 1107
     assert told("context_tokens_sum") == 1107 * 1108 / 2
     # Each of the two layers shows the two heads of a group in the first step that selects
