@@ -44,7 +44,7 @@ from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.memory import Memories
-from vllm_reattention.tiles import prefill_tiles, split_last
+from vllm_reattention.tiles import prefill_tiles
 
 EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
 VOTES = 4  # of each query and head
@@ -128,21 +128,17 @@ class Study:
         lens = torch.tensor([self.length + new], dtype=torch.int32, device=self.device)
         if new == 1:
             zero = lens.new_zeros(1)
-            parts = [Tiles(zero, zero, lens.new_ones(1), lens - 1, 1)]
+            tiles = Tiles(zero, zero, lens.new_ones(1), lens - 1, 1)
         else:
-            on_device = starts.to(self.device)
-            tiles = prefill_tiles(on_device, starts, lens, 0, BLOCK_SIZE)
-            tiles, last = split_last(tiles, on_device, lens, 0, BLOCK_SIZE)
-            heads, width = query.shape[1], self.table.shape[1]
-            run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width)
-            parts = [tiles.part(at, at + run) for at in range(0, len(tiles.row), run)] + [last]
+            tiles = prefill_tiles(starts.to(self.device), starts, lens, 0, BLOCK_SIZE)
         out = torch.empty_like(query)
-        for place, part in enumerate(parts):
+        heads, width = query.shape[1], self.table.shape[1]
+        run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width)
+        for start in range(0, tiles.row.shape[0], run):
+            part = tiles.part(start, start + run)
             if index % self.select_every == 0:
-                self.recalled[place] = self._select_for_all(
-                    index, place, query, part, new == 1, scaling
-                )
-            recalled = self.recalled[place]
+                self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
+            recalled = self.recalled[start]
             common = (query, layer.pages, self.table, part, recalled)
             stage.attend(*common, self.scope, self.rotary, scaling, out)
         if new == 1:
@@ -173,18 +169,18 @@ class Study:
         return torch.stack((inside.float().mean(1), mass))
 
     def _select_for_all(
-        self, index: int, place: int, query: Tensor, tiles: Tiles, generated: bool, scale: float
+        self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
     ) -> Tensor:
         """What this layer and those behind it recall, which are told what a server's would be."""
-        layer, where = self.layers[index], (tiles, self.table)
+        layer, place = self.layers[index], (tiles, self.table)
         if not self.scope.memory:
             return self._select(query, layer, tiles, scale, None)
         if index == 0:
-            flags = tiles.length > 0 if generated else None
-            self.found[place] = self.memories.recollect(*where, flags)
-        recalled = self._select(query, layer, tiles, scale, self.found[place])
+            generated = tiles.length > 0 if tiles.max_length == 1 else None
+            self.found[start] = self.memories.recollect(*place, generated)
+        recalled = self._select(query, layer, tiles, scale, self.found[start])
         if index + self.select_every >= len(self.model.model.layers):
-            self.memories.keep(*where, self.found[place])
+            self.memories.keep(*place, self.found[start])
         return recalled
 
     def _select(

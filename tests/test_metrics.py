@@ -69,9 +69,8 @@ def test_counting_equals_counting_one_by_one(seed):
             seen.append(position + 1)
             if position // BLOCK >= DENSE // BLOCK:
                 selected += 1
-                ends_amid_a_block = position == context + new - 1 and (position + 1) % BLOCK
-                single = request < num_decodes or ends_amid_a_block
-                tiles.add((request, single, position if single else position // BLOCK))
+                single = request < num_decodes
+                tiles.add((request, position if single else position // BLOCK))
     assert counts["rows_selected"] == selected
     assert counts["rows_dense"] == len(seen) - selected
     assert counts["blocks_recalled"] == len(tiles) * RECALLED

@@ -20,7 +20,7 @@ from csrc_triton.layout import Scope, rotation_table
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.rope import Refused, Rope, read_table
-from vllm_reattention.tiles import DecodeTiles, prefill_tiles, split_last
+from vllm_reattention.tiles import DecodeTiles, prefill_tiles
 
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
@@ -383,15 +383,6 @@ def test_prefill_tiles_cover_each_query_once():
     last = tiles.position + tiles.length - 1
     used = tiles.length > 0
     assert torch.equal((tiles.position // 32)[used], (last // 32)[used])
-
-
-def test_the_last_query_of_a_block_that_is_not_full_selects_for_itself():
-    starts, lengths = requests((64, 1), (0, 100), (31, 2), (32, 32), (5, 20), (64, 1), (0, 0))
-    tiles = prefill_tiles(starts, starts, lengths, 1, block_size=32)
-    rest, last = split_last(tiles, starts, lengths, 1, block_size=32)
-    assert rows(last) == [(100, 1, 99), (102, 2, 32), (154, 4, 24), (155, 5, 64)]
-    assert last.max_length == 1 and len(last.row) == len(lengths) - 1
-    assert sorted(rows(rest) + rows(last)) == rows(tiles)
 
 
 @pytest.mark.parametrize("most", [1, 3])

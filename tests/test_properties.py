@@ -14,7 +14,7 @@ from tests.cases import Case, Inputs
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.rope import Rope
-from vllm_reattention.tiles import DecodeTiles, fresh_prompts, prefill_tiles, split_last
+from vllm_reattention.tiles import DecodeTiles, fresh_prompts, prefill_tiles
 
 # The same examples every time: what fails here fails everywhere.
 settings.register_profile(
@@ -275,10 +275,8 @@ def test_tiles_cover_each_query_once(batch, block_size, data):
             decode.fill(starts[: num_decodes + 1], lengths[:num_decodes], num_tokens)
         )
     if num_decodes < len(batch):
-        tiles = prefill_tiles(starts, starts, lengths, num_decodes, block_size)
-        for part in split_last(tiles, starts, lengths, num_decodes, block_size):
-            found += queries_of(part)
-    assert sorted(found) == [
+        found += queries_of(prefill_tiles(starts, starts, lengths, num_decodes, block_size))
+    assert found == [
         (int(starts[i]) + t, i, context + t)
         for i, (context, new) in enumerate(batch)
         for t in range(new)

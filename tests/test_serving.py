@@ -245,11 +245,10 @@ def test_serve(folder):
     def told(name: str, **labels: str) -> float:
         return total(samples, f"reattention_{name}", engine="0", worker="0", **labels)
 
-    # Of 1107 tokens those from 512 on select: 19 prefill tiles, the prompt's last token and seven
-    # more by themselves, 11 blocks each
+    # Of 1107 tokens those from 512 on select: 19 prefill tiles and 7 single tokens, 11 blocks each
     assert told("rows_dense_total") == 512
     assert told("rows_selected_total") == 588 + 7
-    assert told("blocks_recalled_total") == (19 + 1 + 7) * 11
+    assert told("blocks_recalled_total") == (19 + 7) * 11
     assert told("context_tokens_count") == told("context_tokens_bucket", le="+Inf") == 1107
     assert told("context_tokens_sum") == 1107 * 1108 / 2
     # Each of the two layers shows the two heads of a group in the first step that selects

@@ -25,13 +25,7 @@ from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.mass import MassSamples
 from vllm_reattention.memory import Memories
 from vllm_reattention.metrics import SHARES, Counts
-from vllm_reattention.tiles import (
-    DecodeTiles,
-    FreshPrompts,
-    fresh_prompts,
-    prefill_tiles,
-    split_last,
-)
+from vllm_reattention.tiles import DecodeTiles, FreshPrompts, fresh_prompts, prefill_tiles
 
 logger = init_logger("vllm.reattention")
 
@@ -39,7 +33,7 @@ logger = init_logger("vllm.reattention")
 @dataclass
 class ReAttentionMetadata:
     scope: Scope  # of layers without a sliding window
-    tiles: list[Tiles]  # decode tokens, prefill tiles, last tokens of prompts: those there are
+    tiles: list[Tiles]  # decode tokens, prefill tiles: those there are
     block_table: Tensor  # [num_requests, max_blocks] int32
     fresh: FreshPrompts | None  # instead of prefill tiles
     memories: Memories | None
@@ -53,7 +47,7 @@ class ReAttentionMetadata:
         """Of the tiles of this index, for a layer that selects."""
         if self.memories is not None and index not in self.found:
             tiles = self.tiles[index]
-            is_generated = self.is_generated if index == 0 and len(self.is_generated) else None
+            is_generated = self.is_generated if tiles.max_length == 1 else None
             self.found[index] = self.memories.recollect(tiles, self.block_table, is_generated)
         return self.found.get(index)
 
@@ -155,8 +149,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             self.masses.collect(self.counts.add_shares)
             selected = self._count(self.counts, common_attn_metadata)
             # Not of single tokens alone: a CUDA graph replays what it captured, unwatched.
-            prefills = any(tiles.max_length > 1 for tiles in metadata.tiles)
-            if selected and self.masses.is_due and prefills:
+            if selected and self.masses.is_due and metadata.tiles[-1].max_length > 1:
                 metadata.watch = self.masses.add
         return metadata
 
@@ -188,15 +181,13 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 num_decodes,
                 self.scope.dense_blocks * self.block_size,
             )
-        max_blocks = -(-step.max_seq_len // self.block_size)
         if num_prefills and fresh is None:
-            prompts = prefill_tiles(
-                starts, step.query_start_loc_cpu, step.seq_lens, num_decodes, self.block_size
+            tiles.append(
+                prefill_tiles(
+                    starts, step.query_start_loc_cpu, step.seq_lens, num_decodes, self.block_size
+                )
             )
-            tiles.append(prompts)
-            if max_blocks > self.scope.dense_blocks and self.scope.recall_blocks:
-                place = starts, step.seq_lens, num_decodes, self.block_size
-                tiles[-1:] = split_last(prompts, *place)
+        max_blocks = -(-step.max_seq_len // self.block_size)
         table = step.block_table_tensor[:, :max_blocks]
         memories = self._memories() if max_blocks > self.scope.dense_blocks else None
         flags = self.is_generated[:num_decode_tokens]

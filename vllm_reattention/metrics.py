@@ -98,10 +98,6 @@ class Counts:
         selected = (seq_lens - dense_limit).clip(0, num_tokens)
         first = np.maximum(context, dense_limit)
         tiles = np.where(selected > 0, (seq_lens - 1) // block_size - first // block_size + 1, 0)
-        # the last token of a block that is not full selects for itself (tiles.split_last)
-        last = seq_lens - 1
-        others = np.maximum(first, last // block_size * block_size) < last
-        tiles += (selected > 0) & (seq_lens % block_size > 0) & others
         tiles[:num_decodes] = selected[:num_decodes]
         record = self.record[0]
         record["rows_selected"] += selected.sum()

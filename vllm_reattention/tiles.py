@@ -74,29 +74,6 @@ def prefill_tiles(
     return Tiles(request + first_request, row, length, position, max_length=block_size)
 
 
-def split_last(
-    tiles: Tiles,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    first_request: int,
-    block_size: int,
-) -> tuple[Tiles, Tiles]:
-    """Prefill tiles without the queries that select for themselves, and those.
-
-    A request's last query does, as the token behind it hangs on what it recalls; but not where it
-    fills its block: there a prompt's end looks like that of a chunk, and chunks of whole blocks
-    must change nothing. A tile for each request from first_request on, of length 0 if it has none.
-    """
-    ends = tiles.position + tiles.length
-    is_cut = (tiles.length > 0) & (ends % block_size != 0)
-    starts, seq_lens = query_start_loc[first_request:], seq_lens[first_request:]
-    request = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
-    length = ((starts.diff() > 0) & (seq_lens[: len(request)] % block_size != 0)).int()
-    position = (seq_lens[: len(request)] - 1).clamp(min=0)
-    last = Tiles(request + first_request, starts[1:] - length, length, position, max_length=1)
-    return tiles._replace(length=tiles.length - is_cut.int()), last
-
-
 class FreshPrompts(NamedTuple):
     """Prompts that start in this step and attend to all of themselves: plain causal attention."""
 
