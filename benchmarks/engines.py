@@ -34,7 +34,10 @@ class Provider(NamedTuple):
     settings: dict[str, Any]  # of reattention
 
     def numbers(self) -> dict[str, Any]:
-        """Reattention's settings, resolved; the providers that have none get none."""
+        """Reattention's settings, resolved; the providers that have none get none.
+
+        In the place of `select_every` stand the layers that select, where they are named.
+        """
         if self.name not in ("reattention", "streaming"):
             return {}
         config = ReAttentionConfig(**self.settings)
@@ -46,13 +49,18 @@ class Provider(NamedTuple):
             recall, local = 0, recall + local
         blocks = scope.global_blocks, local, recall, scope.dense_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
-        scored = config.scorer, config.layers_per_selection(layers), scope.memory
-        return dict(zip(SETTINGS, (*sizes, *scored), strict=True))
+        selects = config.layers_per_selection(layers)
+        if config.select_layers is not None:
+            selects = " ".join(map(str, config.selecting_layers(layers)))
+        return dict(zip(SETTINGS, (*sizes, config.scorer, selects, scope.memory), strict=True))
 
     def arguments(self) -> dict[str, Any]:
         """What it asks of vLLM."""
         chosen = {"model": self.model, "max_model_len": self.max_len}
         if numbers := self.numbers():
+            if layers := self.settings.get("select_layers"):
+                del numbers["select_every"]
+                numbers["select_layers"] = layers
             ours = {"additional_config": {"reattention": numbers}}
             return chosen | ours | {"attention_backend": "reattention"}
         return chosen | {"attention_backend": "FLASH_ATTN", "hf_overrides": self._longer()}

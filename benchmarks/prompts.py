@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import needle_text
+from vllm_reattention.layers import NOISE, PASSKEY
 
 TASKS = ("passkey", "essay", "tiny")
 ANSWER_LEN = 16  # tokens to generate, which is more than an answer has
-NOISE = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SENTENCE_END = re.compile(r"[.!?]\W*$")
 LINE_END = re.compile(r"\n$")
 
@@ -41,14 +41,7 @@ class Wording(NamedTuple):
 
 def passkey(rng: random.Random) -> Wording:
     key = str(rng.randrange(10_000, 100_000))
-    return Wording(
-        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
-        "them. I will quiz you about the important information there.\n",
-        f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n",
-        "\nWhat is the pass key?",
-        " The pass key is",
-        key,
-    )
+    return Wording(*(text.format(key=key) for text in PASSKEY), key)
 
 
 def essay(rng: random.Random) -> Wording:

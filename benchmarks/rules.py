@@ -93,15 +93,14 @@ class Study:
         config = ReAttentionConfig(**settings)
         layers = self.model.config.num_hidden_layers
         self.scope = config.resolve(self.window, BLOCK_SIZE, layers)
-        self.select_every = config.layers_per_selection(layers)
+        self.selecting = config.selecting_layers(layers)
         first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
         self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
         self.layers, self.seen, self.recalled, self.found, self.length = {}, {}, {}, {}, 0
         blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
-        weight = 1 / -(-layers // self.select_every)
-        share, device = self.scope.memory, torch.device(self.device)
-        self.memories = Memories(blocks, BLOCK_SIZE, share, weight, device)
+        told = self.scope.memory, 1 / len(self.selecting), torch.device(self.device)
+        self.memories = Memories(blocks, BLOCK_SIZE, *told)
         tokens, written = prompt.tokens, []
         with torch.inference_mode():
             for _ in range(ANSWER_LEN):
@@ -136,7 +135,7 @@ class Study:
         run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width)
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
-            if index % self.select_every == 0:
+            if index in self.selecting:
                 self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
             recalled = self.recalled[start]
             common = (query, layer.pages, self.table, part, recalled)
@@ -179,7 +178,7 @@ class Study:
             generated = tiles.length > 0 if tiles.max_length == 1 else None
             self.found[start] = self.memories.recollect(*place, generated)
         recalled = self._select(query, layer, tiles, scale, self.found[start])
-        if index + self.select_every >= len(self.model.model.layers):
+        if index == self.selecting[-1]:
             self.memories.keep(*place, self.found[start])
         return recalled
 

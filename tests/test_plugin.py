@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
 ORDER = [
     *("config", "metrics", "mass", "attention", "memory", "pages", "tiles", "compat", "rope"),
-    *("proof", "metadata", "backend", "plan", "doctor", "__main__"),
+    *("proof", "metadata", "backend", "layers", "plan", "doctor", "__main__"),
 ]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
 
@@ -231,7 +231,7 @@ def test_layers_without_a_window_share_selections(windows, first, selecting):
         )
         for index, window in enumerate(windows, first)
     }
-    assert _share_selections(impls, 4) == len(selecting)
+    assert _share_selections(impls, range(0, 100, 4)) == len(selecting)
     (last,) = (name for name, impl in impls.items() if impl.selects_last)
     assert last == f"model.layers.{selecting[-1]}.self_attn.attn"
     assert selecting == [
@@ -290,6 +290,12 @@ def test_recalling_nothing():
         (dict(scorer="best"), "scorer must be one of"),
         (dict(select_every=0), "select_every must be a number of layers from 1 on"),
         (dict(scorer="refined", select_every=2), "select_every must be 1 with the scorer"),
+        (dict(select_layers=[]), "select_layers must be a list of layers by number from 0 on"),
+        (dict(select_layers=[0, True]), "select_layers must be a list of layers"),
+        (dict(select_layers="0 4"), "select_layers must be a list of layers"),
+        (dict(select_layers=[0], select_every=2), "select_layers must be without select_every"),
+        (dict(select_layers=[0], scorer="summary"), 'must be with the scorer "layer"'),
+        (dict(select_layers=[3]), "must be among the model's layers 0 to 0, got 3"),
         (dict(memory=1), "memory must be a number from 0 to below 1, got 1"),
         (dict(memory=True), "memory must be a number from 0 to below 1, got True"),
         (dict(scorer="summary", memory=0.5), "memory must be 0 with the scorer 'summary'"),

@@ -134,13 +134,15 @@ def test_scopes_differ_in_what_they_say(folder, engine):
         SIZES | dict(select_every=2),
         SIZES | dict(recall_size=0),
         SIZES | dict(recall_size=0, local_size=160),
+        SIZES | dict(select_layers=[0]),
     ]
     said, texts = [], [*LONG, LONG[0][::-1]]
     for n in numbers:
         config = {"reattention": n}
         (tokens,), _ = engine(engines.generate, model, [texts], additional_config=config)
         said.append(tuple(map(tuple, tokens)))
-    assert len({said[0], *said[2:]}) == 5
+    assert len({said[0], *said[2:6]}) == 5
+    assert said[6] == said[3]  # the model has two layers
 
 
 @pytest.mark.parametrize(

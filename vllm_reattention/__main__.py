@@ -1,4 +1,4 @@
-"""What a length takes (plan), and whether an installation is sound (doctor)."""
+"""What a length takes (plan), which layers should select (layers), and is all sound (doctor)."""
 
 import argparse
 import sys
@@ -14,27 +14,43 @@ def main(words: list[str]) -> int:
     plan.add_argument("--gpus", type=int, default=1, help="for tensor parallelism")
     plan.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
     plan.add_argument("--gpu-memory", type=float, help="GiB of each; that of this machine's")
+    layers = commands.add_parser("layers", help="which layers find facts, and so should select")
+    layers.add_argument("model", help="a folder or a name, as Transformers takes it")
     commands.add_parser("doctor", help="is this installation sound?")
     options = parser.parse_args(words)
-
-    from vllm_reattention import doctor, register
-    from vllm_reattention import plan as planning
-
-    register()
-    if options.command == "doctor":
-        return doctor.main()
-    gpu_bytes = planning.gpu_memory()
-    if options.gpu_memory is not None:
-        gpu_bytes = int(options.gpu_memory * planning.GIB)
     try:
-        made = planning.make(
-            options.model, options.max_model_len, options.gpus, options.kv_cache_dtype, gpu_bytes
-        )
+        return {"plan": _plan, "layers": _layers, "doctor": _doctor}[options.command](options)
     except (ValueError, OSError) as reason:
         print(reason, file=sys.stderr)
         return 2
-    print(planning.report(made))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from vllm_reattention import plan, register
+
+    register()
+    gpu_bytes = plan.gpu_memory()
+    if options.gpu_memory is not None:
+        gpu_bytes = int(options.gpu_memory * plan.GIB)
+    made = plan.make(
+        options.model, options.max_model_len, options.gpus, options.kv_cache_dtype, gpu_bytes
+    )
+    print(plan.report(made))
     return 1 if made.fits is False else 0
+
+
+def _layers(options: argparse.Namespace) -> int:
+    from vllm_reattention import layers
+
+    print(layers.report(options.model))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from vllm_reattention import doctor, register
+
+    register()
+    return doctor.main()
 
 
 if __name__ == "__main__":

@@ -131,7 +131,9 @@ def _check_and_lift_length() -> None:
             model_config = create(self)
         finally:
             _chosen.reset(token)
-        config.resolve(trained_window(model_config), kernel_block_size(self.block_size))
+        num_layers = model_config.get_total_num_hidden_layers()
+        block_size = kernel_block_size(self.block_size)
+        config.resolve(trained_window(model_config), block_size, num_layers)
         if model_config.uses_mrope:
             raise ValueError(
                 "rotary embedding must have one position per token, got the three of mRoPE "

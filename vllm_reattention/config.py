@@ -31,7 +31,8 @@ class ReAttentionConfig:
                   summary: each KV head ranks blocks by their summaries alone
     select_every  every how many layers selects; those behind it recall the same blocks. For the
                   scorer "layer" alone; default 4, fewer in models with fewer than 28 layers
-
+    select_layers instead of that, the layers that select, by number from 0 on; layer 0 does always.
+                  `python -m vllm_reattention layers MODEL` names those that find facts
     memory        what the tokens before found counts so much in the selections of a token that the
                   model writes, and so much again for the next; 0 forgets. For the scorer "layer"
                   alone; default 0.8, or 0 where every layer selects, which finds as much without
@@ -47,6 +48,7 @@ class ReAttentionConfig:
     dense_limit: int | None = None
     scorer: Scorer = "layer"
     select_every: int | None = None
+    select_layers: tuple[int, ...] | None = None
     memory: float | None = None
 
     def __post_init__(self):
@@ -57,6 +59,7 @@ class ReAttentionConfig:
         every = self.select_every
         if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"select_every must be a number of layers from 1 on, got {every!r}")
+        self._check_layers()
         if self.scorer not in get_args(Scorer):
             raise ValueError(f"scorer must be one of {get_args(Scorer)}, got {self.scorer!r}")
         memory = self.memory
@@ -71,6 +74,29 @@ class ReAttentionConfig:
             raise ValueError(
                 f"select_every must be 1 with the scorer {self.scorer!r}, as a KV head has none "
                 f'that it corresponds to in the next layer, got {every}; take the scorer "layer"'
+            )
+
+    def _check_layers(self) -> None:
+        layers = self.select_layers
+        if layers is None:
+            return
+        if (
+            not isinstance(layers, list | tuple)
+            or not layers
+            or any(type(layer) is not int or layer < 0 for layer in layers)
+        ):
+            raise ValueError(
+                f"select_layers must be a list of layers by number from 0 on, got {layers!r}"
+            )
+        if self.select_every is not None:
+            raise ValueError(
+                f"select_layers must be without select_every, got {layers} and "
+                f"{self.select_every}; leave one of them out"
+            )
+        if self.scorer != "layer":
+            raise ValueError(
+                f'select_layers must be with the scorer "layer", got {self.scorer!r}, of which '
+                "every layer selects; leave one of them out"
             )
 
     @classmethod
@@ -90,8 +116,22 @@ class ReAttentionConfig:
                 )
         return cls(**numbers)
 
+    def selecting_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Of so many; the layers behind each recall what it did.
+
+        What a model's first layers select is of no use to its last.
+        """
+        if self.select_layers is not None:
+            if max(self.select_layers) >= num_layers:
+                raise ValueError(
+                    f"select_layers must be among the model's layers 0 to {num_layers - 1}, got "
+                    f"{max(self.select_layers)}; leave it out"
+                )
+            return tuple(sorted({0, *self.select_layers}))
+        return tuple(range(0, num_layers, self.layers_per_selection(num_layers)))
+
     def layers_per_selection(self, num_layers: int) -> int:
-        """For a model of so many layers: what its first ones select is of no use to its last."""
+        """Where select_layers does not tell."""
         if self.scorer != "layer":
             return 1
         return self.select_every or max(1, min(SELECT_EVERY, num_layers // SELECTIONS))
@@ -100,7 +140,7 @@ class ReAttentionConfig:
         """The memory of a model of so many layers."""
         if self.memory is not None:
             return float(self.memory)
-        return MEMORY if self.layers_per_selection(num_layers) > 1 else 0.0
+        return MEMORY if len(self.selecting_layers(num_layers)) < num_layers else 0.0
 
     def resolve(
         self, trained_window: int, block_size: int, num_layers: int = 1, speculates: bool = False

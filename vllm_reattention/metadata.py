@@ -1,5 +1,6 @@
 """vLLM's metadata, once per step, as tiles."""
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -87,10 +88,11 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.scope = scope_of(vllm_config, self.block_size)
         _refuse_mixture(vllm_config, trained_window)
-        every = config.layers_per_selection(num_layers)
+        selecting = config.selecting_layers(num_layers)
         if not isinstance(kv_cache_spec, SlidingWindowSpec):
             forgets = config.remembers(num_layers) > self.scope.memory
-            self._introduce(config, trained_window, every, forgets)
+            selects = f"{len(selecting)} of {num_layers} layers select"
+            self._introduce(config.scorer, trained_window, selects, forgets)
         scheduler = vllm_config.scheduler_config
         rows = max(
             scheduler.max_num_batched_tokens,
@@ -101,7 +103,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         self.has_flash_attention = all(
             layers[name].impl.flash_attention is not None for name in layer_names
         )
-        selections = _share_selections({name: layers[name].impl for name in layer_names}, every)
+        impls = {name: layers[name].impl for name in layer_names}
+        selections = _share_selections(impls, selecting)
         self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
         self.layer, self.weight = layers[layer_names[0]], 1 / selections if selections else 0.0
         self.memories: Memories | None = None
@@ -116,23 +119,20 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             )
             self.masses = MassSamples(SHARES, device)
 
-    def _introduce(
-        self, config: ReAttentionConfig, trained_window: int, every: int, forgets: bool
-    ) -> None:
+    def _introduce(self, scorer: str, trained_window: int, selects: str, forgets: bool) -> None:
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
             "ReAttention: scope %d tokens (%d global + %d recalled + %d local), trained window %d, "
-            "all keys up to %d, scorer %s, one selection for %d layers, memory %g%s, summaries "
-            "take %.1f %% of the KV cache",
+            "all keys up to %d, scorer %s, %s, memory %g%s, summaries take %.1f %% of the KV cache",
             scope.blocks * size,
             scope.global_blocks * size,
             scope.recall_blocks * size,
             scope.local_blocks * size,
             trained_window,
             scope.dense_blocks * size,
-            config.scorer,
-            every,
+            scorer,
+            selects,
             scope.memory,
             " (tokens are speculated)" if forgets else "",
             100 * (1 - content / spec.state_content_size_bytes),
@@ -247,16 +247,16 @@ def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray
     return seq_lens, num_tokens
 
 
-def _share_selections(impls: dict[str, Any], every: int) -> int:
-    """Of layers 0 to every - 1 the first without a sliding window selects, and so on: how many do.
+def _share_selections(impls: dict[str, Any], layers: tuple[int, ...]) -> int:
+    """From each of these layers on the first without a sliding window selects: how many do.
 
-    A layer's number is in its name; so pipelines whose stages are whole groups select alike.
+    A layer's number is in its name; so pipelines whose stages begin with one of them select alike.
     """
     last, selecting = None, []
     for index, (name, impl) in enumerate(impls.items()):
         if not impl.window:
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            group = (numbers[0] if numbers else index) // every
+            group = bisect.bisect_right(layers, numbers[0] if numbers else index)
             impl.selects, last = group != last, group
             selecting += [impl] if impl.selects else []
     if selecting:
