@@ -66,6 +66,8 @@ def test_the_first_layer_and_those_that_look_most_are_chosen():
     assert layers.choose(mass, list(range(6)), 3) == [0, 3, 4]
     assert layers.choose(mass, list(range(6)), 4) == [0, 1, 3, 4]
     assert layers.choose(mass, [2, 5], 4) == [2, 5]  # the others have a sliding window
+    assert layers.by_default(list(range(28)), 28) == list(range(0, 28, 4))
+    assert layers.by_default([5, 11, 17, 18, 23], 28) == [5, 11, 17, 23]
 
 
 def test_layers_with_a_sliding_window_cannot_select(folder):

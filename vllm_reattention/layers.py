@@ -5,6 +5,7 @@ model reads facts in noise, few enough tokens to attend to all of them; what of 
 layers spend on a fact while it is told tells who looks for it.
 """
 
+import bisect
 import random
 from typing import NamedTuple
 
@@ -36,15 +37,16 @@ class Model:
     """A causal model of Transformers whose layers tell what of their attention is on a fact."""
 
     def __init__(self, folder: str, device: str):
-        from transformers import AttentionInterface, AutoModelForCausalLM
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers import AutoModelForCausalLM
 
-        self.attend = sdpa_attention_forward
-        AttentionInterface.register("reattention_layers", self._attend)
         dtype = "auto" if device == "cuda" else torch.float32
+        # the one kind of attention that tells its weights
         load = AutoModelForCausalLM.from_pretrained
-        model = load(folder, dtype=dtype, attn_implementation="reattention_layers")
-        self.model, self.device = model.to(device).eval(), device
+        self.model = load(folder, dtype=dtype, attn_implementation="eager").to(device).eval()
+        self.device = device
+        for module in self.model.modules():
+            if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"):
+                module.register_forward_hook(self._look)
 
     @property
     def candidates(self) -> list[int]:
@@ -61,23 +63,19 @@ class Model:
         with torch.inference_mode():
             keep = told.answer_len + 1
             logits = self.model(tokens, use_cache=False, logits_to_keep=keep).logits[0, :-1]
+        if not self.seen:
+            name = type(self.model).__name__
+            raise ValueError(f"{name} must tell its attention's weights; leave select_layers out")
         finds = torch.equal(logits.argmax(-1), tokens[0, -told.answer_len :])
         num_layers = self.model.config.num_hidden_layers
         return finds, torch.tensor([self.seen.get(layer, 0.0) for layer in range(num_layers)])
 
-    def _attend(self, module, query, key, value, mask, scaling=None, **rest):
-        """query [1, num_heads, length, head_size], key and value of KV heads"""
-        fact, asked = self.told.fact, slice(-self.told.answer_len - 1, -1)
-        group = query.shape[1] // key.shape[1]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        keys = key.repeat_interleave(group, dim=1).float()
-        logits = query[:, :, asked].float() @ keys.transpose(2, 3) * scale
-        length = query.shape[2]
-        at = torch.arange(length, device=query.device)
-        logits.masked_fill_(at > at[asked, None], float("-inf"))
-        on = logits.softmax(-1)[..., fact.start : fact.stop]
-        self.seen[module.layer_idx] = float(on.sum(-1).mean(-1).sum())
-        return self.attend(module, query, key, value, mask, scaling=scaling, **rest)
+    def _look(self, module, _, output) -> None:
+        """Behind an attention module, whose output's second is [1, num_heads, length, length]."""
+        asked, fact = slice(-self.told.answer_len - 1, -1), self.told.fact
+        if isinstance(output, tuple) and len(output) > 1 and output[1] is not None:
+            on = output[1][0, :, asked, fact.start : fact.stop]
+            self.seen[module.layer_idx] = float(on.float().sum(-1).mean(-1).sum())
 
 
 def passkeys(folder: str, length: int, count: int) -> list[Told]:
@@ -123,21 +121,27 @@ def choose(mass: Tensor, candidates: list[int], count: int) -> list[int]:
     return sorted([first, *others[: count - 1]])
 
 
+def by_default(candidates: list[int], num_layers: int) -> list[int]:
+    """The layers that select unless told: of each group the first that can."""
+    starts = ReAttentionConfig().selecting_layers(num_layers)
+    firsts = {bisect.bisect_right(starts, layer): layer for layer in reversed(candidates)}
+    return sorted(firsts.values())
+
+
 def report(folder: str, length: int = LENGTH, count: int = PROMPTS) -> str:
     """What to tell the user; loads the model."""
     model = Model(folder, "cuda" if torch.cuda.is_available() else "cpu")
     mass = measure(model, passkeys(folder, length, count))
-    num_layers, candidates = len(mass), model.candidates
-    usual = [n for n in ReAttentionConfig().selecting_layers(num_layers) if n in candidates]
+    candidates = model.candidates
+    usual = by_default(candidates, len(mass))
     chosen = choose(mass, candidates, len(usual))
-    most = float(mass.max())
+    whole, most = mass[candidates].sum(), mass[candidates].max()
     lines = ["layer  attention on facts, of all heads    d: selects by default, s: should select"]
-    for layer, value in enumerate(mass.tolist()):
+    for layer in candidates:
         marks = ("d" if layer in usual else " ") + ("s" if layer in chosen else "")
-        lines.append(
-            f"{layer:5}  {value:6.3f} {'=' * round(20 * value / most):20} {marks}".rstrip()
-        )
-    shares = [float(mass[layers].sum() / mass.sum()) for layers in (usual, chosen)]
+        bar = "=" * round(20 * float(mass[layer] / most))
+        lines.append(f"{layer:5}  {mass[layer]:6.3f} {bar:20} {marks}".rstrip())
+    shares = [float(mass[layers].sum() / whole) for layers in (usual, chosen)]
     named = ", ".join(map(str, chosen))
     return "\n".join(
         [
