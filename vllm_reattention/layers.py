@@ -7,7 +7,6 @@ layers spend on a fact while it is told tells who looks for it.
 
 import bisect
 import random
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,35 +114,11 @@ def measure(model: Model, prompts: list[Told]) -> Tensor:
     return torch.stack(masses).mean(0)
 
 
-def seen(mass: Sequence[float], selecting: list[int]) -> float:
-    """Of the layers' attention on facts, what finds them in the scope that a layer has from the
-    last that selects: as much of it as that one pays them, if that is less."""
-    last, found = 0, 0.0
-    for layer, own in enumerate(mass):
-        last = layer if layer in selecting else last
-        found += min(own, mass[last])
-    return found
-
-
-def choose(mass: Sequence[float], count: int) -> list[int]:
-    """So many layers, the first among them, of which most is seen; but what a layer sees in a scope
-    that it has selected itself counts twice, as one from layers before it is not quite its own."""
-    num_layers = len(mass)
-
-    def group(first: int, end: int) -> float:
-        return mass[first] + sum(min(own, mass[first]) for own in mass[first:end])
-
-    # by number of groups, the best from each layer to the last: their value, and where they begin
-    best = {start: (group(start, num_layers), [start]) for start in range(num_layers)}
-    for number in range(2, count + 1):
-        best = {
-            start: max(
-                (group(start, then) + best[then][0], [start, *best[then][1]])
-                for then in range(start + 1, num_layers - number + 2)
-            )
-            for start in range(num_layers - number + 1)
-        }
-    return best[0][1]
+def choose(mass: Tensor, candidates: list[int], count: int) -> list[int]:
+    """So many layers: the first that can select, and those whose attention on facts is most."""
+    first, *others = candidates
+    others.sort(key=lambda layer: -mass[layer])
+    return sorted([first, *others[: count - 1]])
 
 
 def by_default(candidates: list[int], num_layers: int) -> list[int]:
@@ -156,24 +131,23 @@ def by_default(candidates: list[int], num_layers: int) -> list[int]:
 def report(folder: str, length: int = LENGTH, count: int = PROMPTS) -> str:
     """What to tell the user; loads the model."""
     model = Model(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    mass = measure(model, passkeys(folder, length, count)).tolist()
-    numbers = model.candidates  # layers with a sliding window do not take part
-    usual = by_default(numbers, len(mass))
-    mass = [mass[number] for number in numbers]
-    places = [numbers.index(number) for number in usual]
-    chosen = choose(mass, len(usual))
+    mass = measure(model, passkeys(folder, length, count))
+    candidates = model.candidates
+    usual = by_default(candidates, len(mass))
+    chosen = choose(mass, candidates, len(usual))
+    whole, most = mass[candidates].sum(), mass[candidates].max()
     lines = ["layer  attention on facts, of all heads    d: selects by default, s: should select"]
-    for place, (number, own) in enumerate(zip(numbers, mass, strict=True)):
-        marks = ("d" if place in places else " ") + ("s" if place in chosen else "")
-        bar = "=" * round(20 * own / max(mass))
-        lines.append(f"{number:5}  {own:6.3f} {bar:20} {marks}".rstrip())
-    shares = [seen(mass, layers) / sum(mass) for layers in (places, chosen)]
-    named = ", ".join(str(numbers[place]) for place in chosen)
+    for layer in candidates:
+        marks = ("d" if layer in usual else " ") + ("s" if layer in chosen else "")
+        bar = "=" * round(20 * float(mass[layer] / most))
+        lines.append(f"{layer:5}  {mass[layer]:6.3f} {bar:20} {marks}".rstrip())
+    shares = [float(mass[layers].sum() / whole) for layers in (usual, chosen)]
+    named = ", ".join(map(str, chosen))
     return "\n".join(
         [
             *lines,
-            f"If layers recall what their heads look for, {shares[0]:.0%} of that attention finds "
-            f"its fact in scope by default, and {shares[1]:.0%} with",
+            f"The layers that select by default have {shares[0]:.0%} of that attention, as many "
+            f"others {shares[1]:.0%}:",
             f"""--additional-config '{{"reattention": {{"select_layers": [{named}]}}}}'""",
         ]
     )
