@@ -96,12 +96,15 @@ def assert_agree(out: torch.Tensor, exact: torch.Tensor) -> None:
         raise AssertionError(f"its output is off by {error:.3g}")
 
 
+TOLD = 400  # characters of an error: xformers names its reasons behind the first line
+
+
 def best_of(time: Callable, make: Callable[[], dict[str, Callable]]):
     """Times of the best that `make` offers and its name; None and a reason where there is none."""
     try:
         return min((time(function), name) for name, function in make().items())
     except Exception as error:
-        return None, (str(error) or repr(error)).strip().split("\n")[0]
+        return None, " ".join((str(error) or repr(error)).split())[:TOLD]
 
 
 @dataclass

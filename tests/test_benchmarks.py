@@ -28,6 +28,7 @@ from benchmarks import (
     serving,
 )
 from benchmarks.prompts import NOISE, Prompt, Prompts, is_hit, novel_text
+from vllm_reattention.config import ReAttentionConfig
 
 CHAT = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -321,9 +322,10 @@ def test_the_best_of_a_baseline_counts_and_one_that_fails_tells_why():
     assert kernels.best_of(lambda function: [function()], lambda: made) == ([2.0], "fast")
 
     def fails():
-        raise RuntimeError("no such kernel\nat line 3")
+        raise RuntimeError("no such kernel:\n  at line 3" + 999 * "!")
 
-    assert kernels.best_of(None, fails) == (None, "no such kernel")
+    nothing, why = kernels.best_of(None, fails)
+    assert nothing is None and why.startswith("no such kernel: at line 3!") and len(why) == 400
     assert kernels.best_of(lambda function: function(), lambda: {"": fails})[0] is None
 
 
@@ -355,6 +357,13 @@ def test_streaming_has_the_scope_of_reattention(model):
     assert ours["recall_size"] > 0 == streaming["recall_size"]
     assert sum(ours[part] for part in parts) == sum(streaming[part] for part in parts) == 512
     assert ours["dense_limit"] == streaming["dense_limit"]
+
+
+def test_layers_that_are_named_select_and_are_written_down(model):
+    named = engines.Provider("reattention", model, 1200, {"select_layers": [3, 2]})
+    assert named.numbers()["select_every"] == "0 2 3"
+    asked = named.arguments()["additional_config"]
+    assert ReAttentionConfig.read(asked).selecting_layers(4) == (0, 2, 3)
 
 
 @pytest.mark.parametrize("name", engines.PROVIDERS)

@@ -128,10 +128,11 @@ def by_default(candidates: list[int], num_layers: int) -> list[int]:
     return sorted(firsts.values())
 
 
-def report(folder: str, length: int = LENGTH, count: int = PROMPTS) -> str:
+def report(folder: str) -> str:
     """What to tell the user; loads the model."""
     model = Model(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    mass = measure(model, passkeys(folder, length, count))
+    length = min(LENGTH, model.model.config.max_position_embeddings)
+    mass = measure(model, passkeys(folder, length, PROMPTS))
     candidates = model.candidates
     usual = by_default(candidates, len(mass))
     chosen = choose(mass, candidates, len(usual))
