@@ -59,6 +59,7 @@ SCOPE = ReAttentionConfig().resolve(131072, BLOCK_SIZE, num_layers=32)
 HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-1.5b": (12, 2, 128), "smollm2-135m": (9, 3, 64)}
 NEW_TOKENS = 8192
 XFORMERS_PAGE = 64  # a multiple of the keys its kernel takes at once
+TOLD = 400  # characters of an error: xformers names its reasons behind the first line
 SECOND_CACHE = 40e9  # bytes: what xformers' own cache may take beside ours
 
 
@@ -94,9 +95,6 @@ def assert_agree(out: torch.Tensor, exact: torch.Tensor) -> None:
     error = (out.float() - exact.float()).norm() / exact.float().norm()
     if not error < 0.02:
         raise AssertionError(f"its output is off by {error:.3g}")
-
-
-TOLD = 400  # characters of an error: xformers names its reasons behind the first line
 
 
 def best_of(time: Callable, make: Callable[[], dict[str, Callable]]):
@@ -458,12 +456,12 @@ def run_case(
         if new == 1:
             baselines = {"xformers (triton_splitk)": problem.xformers} | baselines
         for provider, make in baselines.items():
-            took, name = best_of(time, make)
+            took, which = best_of(time, make)
             if took is None:
-                told += f" | {provider} has no row: {name}"
+                told += f" | {provider} has no row: {which}"
                 continue
             row(provider, "attention", "ms", *took)
-            told += f" | {provider} {took[0]:.4f}" + (f" ({name})" if name else "")
+            told += f" | {provider} {took[0]:.4f}" + (f" ({which})" if which else "")
     print(told, flush=True)
     harness.append(harness.RESULTS / "kernels.csv", COLUMNS, rows)
 

@@ -326,7 +326,8 @@ def test_what_was_found_before_counts_and_grows(kind, n, k, counts):
 def test_what_is_kept_is_what_the_next_token_knows(width):
     """Requests in any order, one that has nothing to do, one whose page somebody else wrote to."""
     gen = torch.Generator().manual_seed(width)
-    pages = torch.randperm(4 * width, generator=gen).view(4, width).int().to(DEVICE)
+    # rows of the table are longer than what is looked at, as vLLM's are
+    pages = torch.randperm(4 * (width + 3), generator=gen).view(4, -1).int().to(DEVICE)[:, :width]
     last = torch.tensor([16 * 40 + 3, 16 * 41 - 1, 16 * 45, 16 * 47 + 9], device=DEVICE).int()
     request = torch.tensor([2, 0, 3, 1], device=DEVICE).int()
     length = torch.tensor([1, 5, 0, 16], device=DEVICE).int()
@@ -338,7 +339,7 @@ def test_what_is_kept_is_what_the_next_token_knows(width):
     later = again._replace(position=last + 2)
     kept, known = {}, {}
     for stage in (kernels, reference):
-        kept[stage] = nothing_kept(4 * width, torch.device(DEVICE))
+        kept[stage] = nothing_kept(4 * (width + 3), torch.device(DEVICE))
         stage.keep(kept[stage], found, pages, told, 16)
         given = is_generated, 0.5, 16
         known[stage] = stage.recollect(kept[stage], pages, again, *given)

@@ -296,6 +296,7 @@ def test_recalling_nothing():
         (dict(select_layers=[0], select_every=2), "select_layers must be without select_every"),
         (dict(select_layers=[0], scorer="summary"), 'must be with the scorer "layer"'),
         (dict(select_layers=[3]), "must be among the model's layers 0 to 0, got 3"),
+        (dict(select_layers=[3], memory=0), "must be among the model's layers 0 to 0, got 3"),
         (dict(memory=1), "memory must be a number from 0 to below 1, got 1"),
         (dict(memory=True), "memory must be a number from 0 to below 1, got True"),
         (dict(scorer="summary", memory=0.5), "memory must be 0 with the scorer 'summary'"),

@@ -1,4 +1,4 @@
-"""What a length takes (plan), which layers should select (layers), and is all sound (doctor)."""
+"""What a length takes (plan), which layers look for facts (layers), and is all sound (doctor)."""
 
 import argparse
 import sys
@@ -14,7 +14,9 @@ def main(words: list[str]) -> int:
     plan.add_argument("--gpus", type=int, default=1, help="for tensor parallelism")
     plan.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
     plan.add_argument("--gpu-memory", type=float, help="GiB of each; that of this machine's")
-    layers = commands.add_parser("layers", help="which layers find facts, and so should select")
+    layers = commands.add_parser(
+        "layers", help="which layers look for facts, to try as select_layers"
+    )
     layers.add_argument("model", help="a folder or a name, as Transformers takes it")
     commands.add_parser("doctor", help="is this installation sound?")
     options = parser.parse_args(words)

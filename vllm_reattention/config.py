@@ -138,16 +138,17 @@ class ReAttentionConfig:
 
     def remembers(self, num_layers: int) -> float:
         """The memory of a model of so many layers."""
+        shares = len(self.selecting_layers(num_layers)) < num_layers
         if self.memory is not None:
             return float(self.memory)
-        return MEMORY if len(self.selecting_layers(num_layers)) < num_layers else 0.0
+        return MEMORY if shares else 0.0
 
     def resolve(
         self, trained_window: int, block_size: int, num_layers: int = 1, speculates: bool = False
     ) -> Scope:
         """The scope in blocks for a model trained on `trained_window` tokens.
 
-        num_layers  of the model; for its memory alone
+        num_layers  of the model; select_layers must be among them, and the memory hangs on it
         speculates  tokens are verified together, so that none can know what the one before found
         """
 

@@ -1,4 +1,4 @@
-"""python -m vllm_reattention layers: which layers of a model find facts, and so should select.
+"""python -m vllm_reattention layers: which layers of a model look for facts.
 
 A layer that recalls what another selected sees a fact only if that one's heads look for it. The
 model reads facts in noise, few enough tokens to attend to all of them; what of their attention its
@@ -137,7 +137,7 @@ def report(folder: str) -> str:
     usual = by_default(candidates, len(mass))
     chosen = choose(mass, candidates, len(usual))
     whole, most = mass[candidates].sum(), mass[candidates].max()
-    lines = ["layer  attention on facts, of all heads    d: selects by default, s: should select"]
+    lines = ["layer  attention on facts, of all heads    d: selects by default, s: looks most"]
     for layer in candidates:
         marks = ("d" if layer in usual else " ") + ("s" if layer in chosen else "")
         bar = "=" * round(20 * float(mass[layer] / most))
