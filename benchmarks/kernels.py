@@ -197,7 +197,7 @@ class Problem:
                 n = int(extent[0])
                 torch.testing.assert_close(score[..., :n], theirs[..., :n], rtol=0.1, atol=0.02)
                 found = recall(score, self.candidates, extent)
-                refined = kernels.refine_scores(*given[:4], found, mass, self.rotary, self.scale)
+                refined = kernels.refine_scores(*given[:4], found, mass, *given[4:])
                 recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             exact = torch.empty_like(self.out)
             reference.attend(self.query, pages, self.block_table, part, recalled, *given[4:], exact)
@@ -224,7 +224,7 @@ class Problem:
             rest = (self.rotary, self.scale)
             score, extent, mass = kernels.score_blocks(*some, SCOPE, *rest)
             found = recall(score, self.candidates, extent)
-            refined = kernels.refine_scores(*some, found, mass, *rest)
+            refined = kernels.refine_scores(*some, found, mass, SCOPE, *rest)
             recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             kept.append((some, rest, score, extent, mass, found, refined, recalled))
 
@@ -237,7 +237,9 @@ class Problem:
                 lambda g, r, score, extent, *_: recall(score, self.candidates, extent)
             ),
             "refine": over_layers(
-                lambda g, r, s, e, mass, found, *_: kernels.refine_scores(*g, found, mass, *r)
+                lambda g, r, s, e, mass, found, *_: kernels.refine_scores(
+                    *g, found, mass, SCOPE, *r
+                )
             ),
             "recall": over_layers(
                 lambda g, r, s, e, m, found, refined, _: recall(

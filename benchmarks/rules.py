@@ -132,7 +132,7 @@ class Study:
             tiles = prefill_tiles(starts.to(self.device), starts, lens, 0, BLOCK_SIZE)
         out = torch.empty_like(query)
         heads, width = query.shape[1], self.table.shape[1]
-        run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width)
+        run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width, self.scope)
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             if index in self.selecting:
@@ -209,7 +209,7 @@ class Study:
         count = (8 if self.rule == "wide" else 1) * scope.candidates(tiles.max_length)
         told = scope.per_layer, memory, tiles.length
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
-        refined = stage.refine_scores(query, *common, candidates, mass, rotary, scale)
+        refined = stage.refine_scores(query, *common, candidates, mass, scope, rotary, scale)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))

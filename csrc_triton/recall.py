@@ -203,6 +203,8 @@ def recall_blocks(
     two_rounds = n > max(padded * run, MAX_RUNS) and not takes_up
     columns = padded * run if two_rounds else triton.next_power_of_2(max(n, 4))
     num_runs = triton.cdiv(n, run) if two_rounds else 0
+    pad_runs = triton.next_power_of_2(num_runs) if two_rounds else 1
+    widest = max(columns, pad_runs)
     grid = (num_tiles, num_kv_heads // summed)
     device = score.device
     early = early_launch(device)
@@ -256,8 +258,8 @@ def recall_blocks(
         TWO_ROUNDS=two_rounds,
         RUN=run,
         COLUMNS=columns,
-        PAD_RUNS=MAX_RUNS,
-        num_warps=4 if columns <= 1024 else 8 if columns <= 8192 else 16,
+        PAD_RUNS=pad_runs,
+        num_warps=4 if widest <= 1024 else 8 if widest <= 8192 else 16,
         **early,
     )
     return out

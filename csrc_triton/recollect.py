@@ -138,10 +138,10 @@ def recollect(
 def keep(kept: Kept, found: Tensor, block_table: Tensor, tiles: Tiles, block_size: int) -> None:
     """What was found up to each tile's last token, for the token behind it.
 
-    found  [num_tiles, max_blocks] fp32, of which the most is kept
+    found  [num_tiles, max_blocks] fp32, of which the most is kept: nothing from a tile's block on
     """
     size = kept.block.shape[1]
-    best = recall_blocks(found[:, None], size)
+    best = recall_blocks(found[:, None], size, tiles.position // block_size)
     _keep_kernel[(len(tiles.row),)](
         best,
         found,

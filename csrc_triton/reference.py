@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import SAMPLE_EVERY, Kept, Memory, Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import PROBES, SAMPLE_EVERY, Kept, Memory, Pages, Rotary, Scope, Tiles
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -242,11 +242,11 @@ def recollect(
 def keep(kept: Kept, found: Tensor, block_table: Tensor, tiles: Tiles, block_size: int) -> None:
     """What was found up to each tile's last token, for the token behind it.
 
-    found  [num_tiles, max_blocks] fp32, of which the most is kept
+    found  [num_tiles, max_blocks] fp32, of which the most is kept: nothing from a tile's block on
     """
     last = tiles.position + tiles.length - 1
     page = _page_at(block_table, tiles, last.clamp(min=0), block_size)
-    best = recall_blocks(found[:, None], kept.block.shape[1])[:, 0]
+    best = recall_blocks(found[:, None], kept.block.shape[1], tiles.position // block_size)[:, 0]
     value = found.gather(1, best.clamp(min=0).long()).masked_fill(best < 0, 0.0)
     does = tiles.length > 0
     kept.block[page[does]] = best[does]
@@ -266,36 +266,49 @@ def refine_scores(
     tiles: Tiles,
     candidates: Tensor,
     log_mass: Tensor,
+    scope: Scope,
     rotary: Rotary,
     scale: float,
     soft_cap: float = 0.0,
 ) -> Tensor:
-    """The candidates' shares from their keys instead of their summaries.
+    """The candidates' shares of the position-free softmax, from keys instead of summaries.
 
-    The denominator stays the estimate, so a share is cut at 1: a row that finds what no summary
-    showed gives it that much, never more.
+    So is the denominator: the candidates and the global blocks, and for all others PROBES of the
+    blocks before local, at equal distances; those that are no candidates stand for what lies
+    between them.
 
     candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
-    log_mass    as score_blocks returns it
+    log_mass    as score_blocks returns it: kernels measure masses by it, and it cancels out
     returns     [num_tiles, num_kv_heads, n] fp32; -1 where there is no candidate
     """
     num_kv_heads, block_size = pages.key.shape[1:3]
-    group = query.shape[1] // num_kv_heads
-    heads = torch.arange(num_kv_heads, device=query.device)[:, None]
+    device = query.device
+    heads = torch.arange(num_kv_heads, device=device)[:, None]
     wide = torch.promote_types(query.dtype, torch.float32)
     candidates = candidates.expand(-1, num_kv_heads, -1)
-    score = torch.full(candidates.shape, -1.0, dtype=wide, device=query.device)
-    for tile, (request, row, length, _) in enumerate(_rows(tiles)):
-        if not length:
+    count = candidates.shape[-1]
+    score = torch.full(candidates.shape, -1.0, dtype=wide, device=device)
+    for tile, (request, row, length, position) in enumerate(_rows(tiles)):
+        num_global, num_recalled, local = scope.slots(position // block_size, block_size)
+        if not length or not num_recalled:
             continue
         q = _tile_query(query, row, length, num_kv_heads, rotary, tiles.step) * scale
         wanted = candidates[tile].long()
-        pages_of = block_table[request].long()[wanted.clamp(min=0)]
+        every = max(1, -(-(local - num_global) // PROBES))
+        probes = torch.arange(num_global, local, every, device=device)
+        fixed = torch.cat((torch.arange(num_global, device=device), probes))
+        listed = torch.cat((wanted, fixed.expand(num_kv_heads, -1)), -1)
+        pages_of = block_table[request].long()[listed.clamp(min=0)]
         stored = _wide(pages.key[pages_of, heads]).to(q.dtype) * pages.key_scale
         raw = _unrotate(stored, rotary.cos_sin[:block_size])  # [num_kv_heads, n, block, head_size]
         logits = cap_logits(torch.einsum("hrd,hnbd->hrnb", q, raw), soft_cap)
-        log_share = logits.logsumexp(dim=-1) - log_mass[tile, :, : length * group, None].to(q.dtype)
-        share = log_share.clamp(max=0).exp().sum(dim=1)
+        mass = logits.logsumexp(dim=-1)  # [num_kv_heads, rows, n]
+        stands_for = torch.ones(listed.shape, device=device)
+        stands_for[:, :count] = (wanted >= 0).float()
+        is_candidate = (probes[:, None] == wanted[:, None, :]).any(-1)
+        stands_for[:, count + num_global :] = torch.where(is_candidate, 0.0, float(every))
+        total = (mass + stands_for.log().to(mass.dtype)[:, None]).logsumexp(dim=-1, keepdim=True)
+        share = (mass[..., :count] - total).exp().sum(dim=1)
         score[tile] = torch.where(wanted >= 0, share, -1.0)
     return score
 

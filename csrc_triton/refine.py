@@ -1,44 +1,68 @@
-"""refine_scores: the candidates' shares of the softmax, from their keys.
+"""refine_scores: the candidates' shares of the softmax, from keys.
 
 q.k is R(i)q . R(i)k, and the cache holds R(i)k. A program takes the keys of one or a few offsets
 i from many blocks at a time, so that queries are turned once for all of these and keys go
 straight from the page into the product. A product has 16 rows at least: what a single query's
 group leaves empty is filled with the same queries turned to the next offsets.
+
+The blocks are the candidates, then the global ones, then probes: equally spaced blocks that tell
+what all the others weigh. A second kernel adds them up to each row's denominator.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.layout import Pages, Rotary, Tiles
+from csrc_triton.layout import PROBES, Pages, Rotary, Scope, Tiles
 from csrc_triton.primitives import (
     LOG2E,
     cap_logits,
     early_launch,
     load_rows,
     row_strides,
+    tile_slots,
     turn_rows,
     wait_for_previous,
 )
 
+SHARE_ROWS = 8  # of one tile and head at once, in the second kernel
+
 
 @triton.jit
-def _refine_scores_kernel(
+def _listed_block(
+    entry, candidate_ptr, num_candidates, selects, local, every,
+    GLOBAL: tl.constexpr, PROBES: tl.constexpr,
+):  # fmt: skip
+    """The blocks of entries of the list [candidates | global | probes]; -1: none."""
+    named = tl.load(candidate_ptr + entry, mask=entry < num_candidates, other=-1)
+    beside = entry - num_candidates
+    probe = GLOBAL + (beside - GLOBAL) * every
+    fixed = tl.where(beside < GLOBAL, beside, probe)
+    is_there = selects & (fixed < local) & (beside < GLOBAL + PROBES)
+    return tl.where(beside < 0, tl.where(selects, named, -1), tl.where(is_there, fixed, -1))
+
+
+@triton.jit
+def _refine_mass_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
     block_table_ptr,  # [num_requests, max_blocks]
     request_ptr,  # [num_tiles]
     row_ptr,
     length_ptr,
+    position_ptr,
     candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
     log_mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS]
     cos_sin_ptr,  # [num_positions, 2, half]
-    score_ptr,  # [num_tiles, num_kv_heads, num_candidates]
+    mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed], times exp(-log_mass)
     scale,  # of the logits, times the keys' scale
     query_scale,
     soft_cap,
     num_candidates,
+    num_listed,
     query_stride_token,
     query_stride_head,
     table_stride,
@@ -52,10 +76,15 @@ def _refine_scores_kernel(
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    RECALL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    PROBES: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     OFFSETS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -66,34 +95,33 @@ def _refine_scores_kernel(
     out_row = tile_idx * tl.num_programs(1) + head_idx
     num_rows = tl.load(length_ptr + tile_idx) * GROUP
     first_row = tl.load(row_ptr + tile_idx)
+    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
+    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
+    selects = (num_rows > 0) & (num_recalled > 0)
+    every = tl.maximum(tl.cdiv(local - GLOBAL, PROBES), 1)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     wait_for_previous(EARLY)
-    first_candidate = tl.program_id(2) * CANDIDATES
-    candidate_offs = first_candidate + tl.arange(0, CANDIDATES)
-    candidate_mask = candidate_offs < num_candidates
     candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
-    score_ptr += out_row * num_candidates + candidate_offs
-    candidate = tl.load(candidate_ptr + candidate_offs, mask=candidate_mask, other=-1)
-    here = (candidate >= 0) & (num_rows > 0)
-    if tl.max(here.to(tl.int32)) == 0:
-        tl.store(score_ptr, tl.full([CANDIDATES], -1.0, tl.float32), mask=candidate_mask)
-        return
+    first_entry = tl.program_id(2) * BLOCKS
 
-    # lanes are (offset, row), keys (candidate, offset); only what has one offset belongs together
+    # lanes are (offset, row), keys (block, offset); only what has one offset belongs together
     lane = tl.arange(0, OFFSETS * ROWS)
-    key = tl.arange(0, CANDIDATES * OFFSETS)
+    key = tl.arange(0, BLOCKS * OFFSETS)
     belongs = (lane // ROWS)[:, None] == (key % OFFSETS)[None, :]
-    key_candidate = first_candidate + key // OFFSETS
-    mask = key_candidate < num_candidates
-    key_candidate = tl.load(candidate_ptr + key_candidate, mask=mask, other=-1)
-    page = tl.load(table_ptr + key_candidate, mask=key_candidate >= 0, other=0).to(tl.int64)
+    block = _listed_block(
+        first_entry + key // OFFSETS, candidate_ptr, num_candidates, selects, local, every,
+        GLOBAL, PROBES,
+    )  # fmt: skip
+    if tl.max(block) < 0:
+        return
+    page = tl.load(table_ptr + block, mask=block >= 0, other=0).to(tl.int64)
     channel_offs = tl.arange(0, PAD_HEAD)
     channel_mask = (channel_offs < HEAD_SIZE)[None, :]
     key_ptr = key_cache_ptr + head_idx.to(tl.int64) * cache_stride_head
     key_ptr += (page * cache_stride_block + key % OFFSETS * HEAD_SIZE)[:, None]
     key_ptr += channel_offs[None, :]
 
-    score = tl.zeros([CANDIDATES], tl.float32)
+    entry_offs = first_entry + tl.arange(0, BLOCKS)
     for first_of_part in tl.static_range(0, MAX_ROWS, ROWS):
         row_offs = first_of_part + tl.arange(0, ROWS)
         query, partner = load_rows(
@@ -102,10 +130,10 @@ def _refine_scores_kernel(
             PAD_HEAD,
         )  # fmt: skip
         lane_row = first_of_part + lane % ROWS
-        lane_mask = lane_row < num_rows
-        log_mass = tl.load(log_mass_ptr + out_row * MAX_ROWS + lane_row, mask=lane_mask, other=0.0)
-        log_mass = tl.where(lane_mask, log_mass * LOG2E, float("inf"))  # no row, no share
-        share = tl.zeros([OFFSETS * ROWS, CANDIDATES * OFFSETS], tl.float32)
+        log_mass = tl.load(
+            log_mass_ptr + out_row * MAX_ROWS + lane_row, mask=lane_row < num_rows, other=0.0
+        )
+        mass = tl.zeros([OFFSETS * ROWS, BLOCKS * OFFSETS], tl.float32)
         for offset in tl.range(0, BLOCK_SIZE, OFFSETS, num_stages=STAGES):
             turned = turn_rows(
                 query, partner, offset + tl.arange(0, OFFSETS), cos_sin_ptr, query_scale,
@@ -120,12 +148,70 @@ def _refine_scores_kernel(
                 logits = cap_logits(logits * scale, soft_cap) * LOG2E
             else:
                 logits = logits * (scale * LOG2E)
-            share += tl.exp2(logits - log_mass[:, None])
+            # an estimate may be far too low: stay below what fp32 holds
+            mass += tl.exp2(tl.minimum(logits - (log_mass * LOG2E)[:, None], 100.0))
         if OFFSETS > 1:
-            share = tl.reshape(tl.where(belongs, share, 0.0), [OFFSETS, ROWS, CANDIDATES, OFFSETS])
-            share = tl.sum(tl.sum(share, axis=3), axis=0)
-        score += tl.sum(tl.minimum(share, 1.0), axis=0)
-    tl.store(score_ptr, tl.where(here, score, -1.0), mask=candidate_mask)
+            mass = tl.reshape(tl.where(belongs, mass, 0.0), [OFFSETS, ROWS, BLOCKS, OFFSETS])
+            mass = tl.sum(tl.sum(mass, axis=3), axis=0)
+        at = (out_row * MAX_ROWS + row_offs)[:, None] * num_listed + entry_offs[None, :]
+        is_there = (row_offs < num_rows)[:, None] & (entry_offs < num_listed)[None, :]
+        tl.store(mass_ptr + at, mass, mask=is_there)
+
+
+@triton.jit
+def _refined_share_kernel(
+    length_ptr,  # [num_tiles]
+    position_ptr,
+    candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
+    mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed]
+    score_ptr,  # [num_tiles, num_kv_heads, num_candidates]
+    num_candidates,
+    num_listed,
+    candidate_stride_tile,
+    candidate_stride_head,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    RECALL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    DENSE: tl.constexpr,
+    PROBES: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LISTED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    tile_idx = tl.program_id(0).to(tl.int64)
+    head_idx = tl.program_id(1)
+    out_row = tile_idx * tl.num_programs(1) + head_idx
+    num_rows = tl.load(length_ptr + tile_idx) * GROUP
+    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
+    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
+    selects = (num_rows > 0) & (num_recalled > 0)
+    every = tl.maximum(tl.cdiv(local - GLOBAL, PROBES), 1)
+    wait_for_previous(EARLY)
+    candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
+    entry_offs = tl.arange(0, LISTED)
+    block = _listed_block(
+        entry_offs, candidate_ptr, num_candidates, selects, local, every, GLOBAL, PROBES
+    )
+    # A probe stands for all that lie between it and the next, but for candidates: these stand for
+    # themselves, and one that is probed, too, takes itself off what its probe stands for.
+    is_probe = entry_offs >= num_candidates + GLOBAL
+    is_probed = (entry_offs < num_candidates) & ((block - GLOBAL) % every == 0)
+    stands_for = tl.where(is_probe, every, tl.where(is_probed, 1 - every, 1)).to(tl.float32)
+    score = tl.zeros([LISTED], tl.float32)
+    if selects:
+        for first in range(0, MAX_ROWS, ROWS):
+            row_offs = first + tl.arange(0, ROWS)
+            at = (out_row * MAX_ROWS + row_offs)[:, None] * num_listed + entry_offs[None, :]
+            mask = (row_offs < num_rows)[:, None] & (block >= 0)[None, :]
+            mass = tl.load(mass_ptr + at, mask=mask, other=0.0)
+            total = tl.sum(mass * stands_for[None, :], axis=1)
+            share = mass / tl.maximum(total, 1e-30)[:, None]
+            score += tl.sum(tl.minimum(share, 1.0), axis=0)
+    score_ptr += out_row * num_candidates + entry_offs
+    tl.store(score_ptr, tl.where(block >= 0, score, -1.0), mask=entry_offs < num_candidates)
 
 
 def refine_scores(
@@ -135,39 +221,55 @@ def refine_scores(
     tiles: Tiles,
     candidates: Tensor,
     log_mass: Tensor,
+    scope: Scope,
     rotary: Rotary,
     scale: float,
     soft_cap: float = 0.0,
 ) -> Tensor:
-    """The candidates' shares from their keys instead of their summaries.
+    """The candidates' shares of the position-free softmax, from keys.
 
     query       [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
     candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
-    log_mass    [num_tiles, num_kv_heads, max_length * group] fp32, of score_blocks
+    log_mass    [num_tiles, num_kv_heads, max_length * group] fp32, of score_blocks: what masses
+                are measured by
     returns     [num_tiles, num_kv_heads, n] fp32; negative where there is no candidate
     """
     num_kv_heads, block_size, head_size = pages.key.shape[1:]
     group = query.shape[1] // num_kv_heads
     num_tiles, _, num_candidates = candidates.shape
+    num_listed = num_candidates + scope.global_blocks + PROBES
     max_rows = tiles.max_length * group
     rows = min(triton.next_power_of_2(max_rows), 128)
     at_once, warps, stages = _tile_sizes(rows, head_size)
-    shape = (num_tiles, num_kv_heads, num_candidates)
-    score = torch.empty(shape, dtype=torch.float32, device=query.device)
-    grid = (num_tiles, num_kv_heads, triton.cdiv(num_candidates, at_once))
-    _refine_scores_kernel[grid](
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+    mass = torch.empty((num_tiles, num_kv_heads, max_rows, num_listed), **fp32)
+    score = torch.empty((num_tiles, num_kv_heads, num_candidates), **fp32)
+    fixed = {
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        "GLOBAL": scope.global_blocks,
+        "RECALL": scope.recall_blocks,
+        "LOCAL": scope.local_blocks,
+        "DENSE": scope.dense_blocks,
+        "PROBES": PROBES,
+        "MAX_ROWS": max_rows,
+        **early_launch(query.device),
+    }
+    grid = (num_tiles, num_kv_heads, triton.cdiv(num_listed, at_once))
+    _refine_mass_kernel[grid](
         query,
         pages.key,
         block_table,
-        *tiles[:3],
+        *tiles[:4],
         candidates,
         log_mass,
         rotary.cos_sin,
-        score,
+        mass,
         scale * pages.key_scale,
         rotary.query_scale,
         soft_cap,
         num_candidates,
+        num_listed,
         query.stride(0),
         query.stride(1),
         block_table.stride(0),
@@ -177,24 +279,35 @@ def refine_scores(
         HEAD_SIZE=head_size,
         HALF=rotary.half,
         INTERLEAVED=rotary.interleaved,
-        GROUP=group,
         STEP=tiles.step,
-        BLOCK_SIZE=block_size,
-        MAX_ROWS=max_rows,
         ROWS=rows,
         OFFSETS=max(16 // rows, 1),
-        CANDIDATES=at_once,
+        BLOCKS=at_once,
         HAS_CAP=soft_cap > 0,
         PAD_HEAD=max(triton.next_power_of_2(head_size), 16),
         STAGES=stages,
         num_warps=warps,
-        **early_launch(query.device),
+        **fixed,
+    )
+    _refined_share_kernel[(num_tiles, num_kv_heads)](
+        tiles.length,
+        tiles.position,
+        candidates,
+        mass,
+        score,
+        num_candidates,
+        num_listed,
+        *row_strides(candidates),
+        ROWS=min(triton.next_power_of_2(max_rows), SHARE_ROWS),
+        LISTED=triton.next_power_of_2(num_listed),
+        num_warps=4,
+        **fixed,
     )
     return score
 
 
 def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
-    """Candidates at once, warps and stages, from a sweep on an H200."""
+    """Blocks at once, warps and stages, from a sweep on an H200."""
     if rows <= 16:
         return 16, 2 if head_size <= 128 else 4, 3
     if rows <= 64:

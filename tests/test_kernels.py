@@ -8,7 +8,7 @@ import unittest.mock
 import pytest
 import torch
 
-from csrc_triton import attend, kernels, reference
+from csrc_triton import attend, kernels, layout, reference, refine
 from csrc_triton.layout import KEPT, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 from tests.cases import Case
 from vllm_reattention import attention, mass
@@ -124,9 +124,13 @@ def test_score_blocks(case, dtype):
     torch.testing.assert_close(log_mass.double(), exact_mass, rtol=0.01, atol=0.02)
 
 
+@pytest.mark.parametrize("probes", [layout.PROBES, 3])
 @each_selecting
 @each_dtype
-def test_refine_scores(case, dtype):
+def test_refine_scores(case, dtype, probes, monkeypatch):
+    """With few probes they stand for others, too, and some of them are candidates."""
+    for module in (reference, refine):
+        monkeypatch.setattr(module, "PROBES", probes)
     inputs = case.build(dtype, DEVICE)
     inputs.write(reference.write_kv)
     score, extent, mass = reference.score_blocks(*inputs.score_args())
@@ -134,10 +138,51 @@ def test_refine_scores(case, dtype):
     candidates = reference.recall_blocks(
         score, scope.candidate_blocks, extent, per_layer=scope.per_layer
     )
-    args = (candidates, mass, inputs.rotary, inputs.scale, case.soft_cap)
+    args = (candidates, mass, *inputs.score_args()[4:], case.soft_cap)
     actual = kernels.refine_scores(*inputs.score_args()[:4], *args)
     exact = reference.refine_scores(*inputs.exact().score_args()[:4], *args)
     torch.testing.assert_close(actual.double(), exact, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("all_are", ["candidates", "probes"])
+def test_shares_are_exact_where_all_keys_are_read(all_are, monkeypatch):
+    """Against a softmax over keys that were never rotated or paged, in float64."""
+    case = Case(contexts=(471,), scope=Scope(1, 4, 3, 8, 8), spread=2.0)
+    inputs = case.build(torch.float32, DEVICE).exact()
+    inputs.write(reference.write_kv)
+    size, heads = case.block_size, case.heads[1]
+    local = 470 // size - 2
+    count = local - 1 if all_are == "candidates" else 5
+    candidates = torch.arange(1, 1 + count, dtype=torch.int32, device=DEVICE).expand(2, 1, -1)
+    monkeypatch.setattr(reference, "PROBES", local if all_are == "probes" else 2)
+    args = inputs.score_args()
+    mass = reference.score_blocks(*args)[2]
+    score = reference.refine_scores(*args[:4], candidates, mass, *args[4:])[0]
+    key = inputs.key[: local * size].double().transpose(0, 1)
+    query = inputs.query[0].double().unflatten(0, (heads, -1))
+    shares = (query @ key.transpose(1, 2) * inputs.scale).softmax(-1)
+    exact = shares.unflatten(-1, (-1, size)).sum(-1).sum(1)
+    torch.testing.assert_close(score.double(), exact[:, 1 : 1 + count], rtol=1e-4, atol=1e-6)
+
+
+def test_probes_tell_what_summaries_do_not():
+    """One key in each block outweighs the rest: means and variances tell far less of the mass."""
+    case = Case(contexts=(400 * 16,), scope=Scope(1, 4, 3, 8, 8), seed=1)
+    inputs = case.build(torch.float32, DEVICE).exact()
+    signs = torch.randn(400, 2, 64, generator=torch.Generator().manual_seed(2)).sign()
+    inputs.key[::16] += 2.5 * signs.to(DEVICE)
+    inputs.write(reference.write_kv)
+    args = inputs.score_args()
+    score, extent, mass = reference.score_blocks(*args)
+    few, every = (reference.recall_blocks(score, n, extent) for n in (8, 400))
+    told, exact = (reference.refine_scores(*args[:4], n, mass, *args[4:])[0] for n in (few, every))
+    exact = exact.gather(1, torch.searchsorted(every[0], few[0]))
+    key = inputs.key[: 397 * 16].double().transpose(0, 1)
+    query = inputs.query[0].double().unflatten(0, (2, -1))
+    denominator = (query @ key.transpose(1, 2) * inputs.scale).logsumexp(-1).flatten()
+    by_summaries = (mass[0].flatten() - denominator).abs().max()
+    by_probes = (told / exact).log().abs().max()
+    assert by_probes < by_summaries / 2, (by_probes, by_summaries)
 
 
 @every
@@ -246,7 +291,7 @@ def run_stages(case: Case) -> None:
         given = (score, scope.candidate_blocks, extent, None, scope.per_layer)
         candidates = kernels.recall_blocks(*given)
         assert torch.equal(candidates, reference.recall_blocks(*given))
-        rest = (candidates, mass, inputs.rotary, inputs.scale, case.soft_cap)
+        rest = (candidates, mass, *args[4:], case.soft_cap)
         refined = kernels.refine_scores(*args[:4], *rest)
         close(refined, reference.refine_scores(*exact_args[:4], *rest), rtol=0.02, atol=0.02)
 
@@ -328,7 +373,8 @@ def test_what_is_kept_is_what_the_next_token_knows(width):
     gen = torch.Generator().manual_seed(width)
     # rows of the table are longer than what is looked at, as vLLM's are
     pages = torch.randperm(4 * (width + 3), generator=gen).view(4, -1).int().to(DEVICE)[:, :width]
-    last = torch.tensor([16 * 40 + 3, 16 * 41 - 1, 16 * 45, 16 * 47 + 9], device=DEVICE).int()
+    block = width - 10
+    last = torch.tensor([3, 15, 80, 121], device=DEVICE).int() + 16 * block
     request = torch.tensor([2, 0, 3, 1], device=DEVICE).int()
     length = torch.tensor([1, 5, 0, 16], device=DEVICE).int()
     told = Tiles(request, request, length, last + 1 - length, 16)
@@ -348,7 +394,8 @@ def test_what_is_kept_is_what_the_next_token_knows(width):
         assert torch.equal(ours, theirs)
     assert torch.equal(known[kernels], known[reference])
     assert torch.equal(known[kernels][1], found[1] / 2)
-    assert known[kernels][0].count_nonzero() == min(width, KEPT)
+    assert known[kernels][0].count_nonzero() == min(block, KEPT)
+    assert not known[kernels][0, block:].any()
     assert not known[kernels][2:].any()
 
 

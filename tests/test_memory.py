@@ -82,8 +82,9 @@ def test_tiles_with_nothing_to_do_overwrite_nobody(memories):
 
 def test_the_most_is_kept_where_there_is_much(memories):
     row = torch.rand(WIDTH) + 1
-    keep(memories, tiles_at((0, 1000, 1)), row)
-    again = recollect(memories, tiles_at((0, 1001, 1)))[0]
+    row[-1] = 0.0  # the token's own block
+    keep(memories, tiles_at((0, WIDTH * SIZE - 1, 1)), row)
+    again = recollect(memories, tiles_at((0, WIDTH * SIZE, 1)))[0]
     kept = row.topk(KEPT).indices
     assert again.count_nonzero() == KEPT < WIDTH
     torch.testing.assert_close(again[kept], row[kept] / 2)

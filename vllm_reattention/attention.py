@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles, nothing_kept
+from csrc_triton.layout import PROBES, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -26,11 +26,15 @@ def stages(device: torch.device) -> ModuleType:
     return kernels
 
 
-def tiles_per_run(num_heads: int, num_kv_heads: int, max_length: int, max_blocks: int) -> int:
+def tiles_per_run(
+    num_heads: int, num_kv_heads: int, max_length: int, max_blocks: int, scope: Scope
+) -> int:
     """How many tiles the selection takes at once."""
     per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
+    rows = num_heads * min(max_length, SELECTING_QUERIES)
+    numbers = per_block * max_blocks + rows * (scope.candidates(max_length) + PROBES)
     # a multiple of 4: kernels are compiled once for rows that start on 16 bytes
-    return max(4, SELECTION_BYTES // (4 * per_block * max_blocks) // 4 * 4)
+    return max(4, SELECTION_BYTES // (4 * numbers) // 4 * 4)
 
 
 def selecting(tiles: Tiles) -> Tiles:
@@ -71,7 +75,7 @@ def select(
         return recall(score, scope.recall_blocks, extent, None)
     candidates = recall(score, scope.candidates(tiles.max_length), extent, None)
     refined = stage.refine_scores(
-        query, pages, block_table, tiles, candidates, log_mass, rotary, scale, soft_cap
+        query, pages, block_table, tiles, candidates, log_mass, scope, rotary, scale, soft_cap
     )
     return recall(refined, scope.recall_blocks, None, candidates)
 
@@ -108,7 +112,7 @@ def reattention(
         recalled = block_table.new_empty((num_tiles, 1, 0))
         if max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window:
             num_kv_heads = pages.key.shape[1]
-            run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks)
+            run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope)
             given = (scope, rotary, scale, soft_cap, add_up)
             found = []
             for start in range(0, num_tiles, run):

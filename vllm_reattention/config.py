@@ -9,8 +9,9 @@ KEY = "reattention"
 Scorer = Literal["layer", "refined", "summary"]
 MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
-CANDIDATES_PER_RECALLED = 2
-SINGLE_CANDIDATES = 512  # at least, of a single query, whose keys are read once
+CANDIDATES_PER_RECALLED = 3
+# At least, of a single query, whose keys are read once: 512 with the global block and the probes.
+SINGLE_CANDIDATES = 447
 MEMORY = 0.8
 SELECT_EVERY = 4
 SELECTIONS = 7  # of a model at least, if it has so many layers
@@ -194,7 +195,7 @@ class ReAttentionConfig:
             local_blocks=local // block_size,
             dense_blocks=dense // block_size,
             candidate_blocks=candidates,
-            single_candidates=max(candidates, SINGLE_CANDIDATES) if candidates else 0,
+            single_candidates=max(2 * recalled, SINGLE_CANDIDATES) if candidates else 0,
             per_layer=self.scorer == "layer",
             memory=0.0 if speculates else self.remembers(num_layers),
         )

@@ -10,9 +10,9 @@ import huggingface_hub
 import torch
 import transformers
 
-from csrc_triton.layout import Scope
+from csrc_triton.layout import PROBES, Scope
 from vllm_reattention import compat
-from vllm_reattention.attention import tiles_per_run
+from vllm_reattention.attention import SELECTING_QUERIES, tiles_per_run
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token
 
@@ -103,11 +103,15 @@ class Plan:
             return turned
         most = 0
         for num_tiles, max_length in (MOST_REQUESTS, 1), (CHUNK // block, block):
-            at_once = min(num_tiles, tiles_per_run(heads, self.kv_heads, max_length, max_blocks))
-            # scores, log-masses of single tokens, candidates and their scores, recalled blocks
+            run = tiles_per_run(heads, self.kv_heads, max_length, max_blocks, scope)
+            at_once = min(num_tiles, run)
+            # scores, log-masses of single tokens, candidates and their scores, recalled blocks;
+            # masses by the keys of candidates, global blocks and probes
             candidates = scope.candidates(max_length)
             row = self.kv_heads * (max_blocks + 2 * candidates + scope.recall_blocks)
             row += heads * (max_blocks if max_length == 1 else max_length)
+            listed = candidates + scope.global_blocks + PROBES
+            row += heads * min(max_length, SELECTING_QUERIES) * listed
             remembered = num_tiles * max_blocks if scope.memory else 0
             most = max(most, 4 * (at_once * row + remembered))
         return max(most, turned)
