@@ -123,7 +123,7 @@ def summary(found: list[dict]) -> str:
 
 
 def draw(model: str) -> None:
-    """A plot for each task, and one of their average; what was measured last counts."""
+    """A plot for each task and for their average; of each seed what was measured last counts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,21 +132,23 @@ def draw(model: str) -> None:
     newest = {}
     for row in harness.read(TABLE):
         if row["model"] == model:
-            place = ("provider", *engines.SETTINGS, "task", "context_len", "depth")
+            place = ("provider", *engines.SETTINGS, "task", "context_len", "depth", "seed")
             newest[tuple(row[name] for name in place)] = row
     groups = by_provider(list(newest.values()))
     figure, grid = plt.subplots(3, 4, figsize=(15, 9), sharey=True)
     for task, axis in zip((*TASKS, "average"), grid.flat, strict=True):
         for name, found in groups.items():
             points = sorted((n, value) for (of, n), value in shares(found).items() if of == task)
-            if points:
+            # the average of a few tasks is not to be seen beside that of all
+            if points and (task in TASKS or {row["task"] for row in found} == set(TASKS)):
                 axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(title=task, xscale="log", ylim=(-0.03, 1.03))
         lengths = sorted({int(row["context_len"]) for row in newest.values()})
         axis.set_xticks(lengths, [needle.short(n) for n in lengths], fontsize=8)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    grid[-1, -1].legend(fontsize=8)
+    lines = {line.get_label(): line for axis in grid.flat for line in axis.lines}
+    grid[-1, -1].legend(lines.values(), lines, fontsize=8)
     figure.suptitle(f"{model}: RULER, share of answers found by context length")
     figure.tight_layout()
     figure.savefig(harness.RESULTS / f"ruler-{model}.png", dpi=120)
