@@ -1,9 +1,13 @@
 """Figure 4: which rule recalls the needle, and whether its recall is what an answer hangs on.
 
-    python -m benchmarks.rules MODEL --lengths 16384 65536 --tasks essay --rules served refined
+    python -m benchmarks.rules MODEL --lengths 16384 65536 --tasks essay --rules served exact
+    python -m benchmarks.rules MODEL --lengths 131072 --tasks niah_multikey_1 --from-question \
+        --rules served estimated exact oracle only
 
 The model runs in Transformers with our stages as its attention and one prompt at a time, so that a
-rule that is not served can be put in the place of `select`. Every rule sees the same prompts.
+rule that is not served can be put in the place of `select`. Every rule sees the same prompts; with
+--from-question a prompt is read as it is served, once, and a rule decides from its last QUESTION
+tokens on. `logprob` is that of the answer, the more telling figure of few samples.
 
 coverage is the share of the needle's blocks in the scope while the answer is written; each layer
 and KV head counts by the attention that it pays the needle when the same task stands in a quarter
@@ -12,7 +16,7 @@ of the trained window and nothing is left out. So the heads that do the finding 
 served      what the settings say: so each rule below but for what it says
 all         by all queries of a tile, not every fourth
 wide        with eight times as many candidates
-normalised  with the softmax's denominators from every key
+estimated   with the softmax's denominators from summaries, as before there were probes
 exact       shares from every key
 mean        by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row instead of their sum
@@ -26,32 +30,34 @@ centroid    the highest logit of the mean of a block's keys, of any row of the t
 spread      with half of a block's share given to each of its neighbours too
 recent      with shares that grow along the text, to twice what they are at its end
 oracle      with the needle's blocks in the place of the last recalled
+only        the needle's blocks and no others, from the question on
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import engines, harness
+from benchmarks import engines, harness, ruler_text
 from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, depths, is_hit
-from csrc_triton.layout import Memory, Pages, Rotary, Tiles, rotation_table
+from csrc_triton.layout import Kept, Memory, Pages, Rotary, Tiles, rotation_table
 from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.memory import Memories
 from vllm_reattention.tiles import prefill_tiles
 
-EXACT = ("exact", "max", "newest", "votes", "quest", "centroid")
+SHARES = ("exact", "max", "newest")
+EXACT = (*SHARES, "votes", "quest", "centroid")
 VOTES = 4  # of each query and head
-RULES = ("served", "all", "wide", "normalised", *EXACT, "mean", "spread", "recent", "oracle")
+RULES = ("served", "all", "wide", "estimated", *EXACT, "mean", "spread", "recent", "oracle", "only")
+QUESTION = 64  # tokens, at most a block more
 BLOCK_SIZE = engines.BLOCK_SIZE
-COLUMNS = ["model", "rule", "task", "context_len", "samples", "hits", "coverage"]
-COLUMNS += [*engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
+COLUMNS = ["model", "rule", "rules_from", "task", "context_len", "samples", "hits", "logprob"]
+COLUMNS += ["coverage", *engines.SETTINGS, "seed", "gpu", "torch", "triton", "commit"]
 TABLE = harness.RESULTS / "rules.csv"
 EXACT_BYTES = 1 << 30  # of logits at once
 
@@ -86,32 +92,69 @@ class Study:
         self.kv_heads = config.num_key_value_heads
         self.device = device
 
-    def answer(self, prompt: Prompt, needle: range, rule: str, settings: dict):
-        """Greedy tokens, and for each [layer, KV head] what was in scope of the needle's blocks
-        while they were written, and what attention its tokens had (0 past the dense limit)."""
-        self.rule, self.needle = rule, needle
+    def read(self, tokens: list[int], room: int, settings: dict, rule: str) -> None:
+        """Begins a request that writes at most `room` tokens, and reads all but the question."""
         config = ReAttentionConfig(**settings)
         layers = self.model.config.num_hidden_layers
         self.scope = config.resolve(self.window, BLOCK_SIZE, layers)
         self.selecting = config.selecting_layers(layers)
-        first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
-        self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
-        self.layers, self.seen, self.recalled, self.found, self.length = {}, {}, {}, {}, 0
-        blocks = -(-(len(prompt.tokens) + ANSWER_LEN) // BLOCK_SIZE)
+        self.layers, self.length, self.rule, self.tokens = {}, 0, rule, tokens
+        self._forget_step()
+        self.room, blocks = room, -(-(len(tokens) + room) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
         told = self.scope.memory, 1 / len(self.selecting), torch.device(self.device)
         self.memories = Memories(blocks, BLOCK_SIZE, *told)
-        tokens, written = prompt.tokens, []
+        whole = max(len(tokens) - QUESTION, 0) // BLOCK_SIZE * BLOCK_SIZE
         with torch.inference_mode():
-            for _ in range(ANSWER_LEN):
-                at = torch.tensor([tokens], device=self.device)
-                place = torch.arange(len(tokens), device=self.device)[None] + self.length
-                out = self.model(at, position_ids=place, use_cache=False, logits_to_keep=1)
-                self.length += len(tokens)
-                tokens = [int(out.logits[0, -1].argmax())]
-                written += tokens
+            if whole:
+                self._feed(tokens[:whole])
+        self.read_so_far = self.length, self.scope, [part.clone() for part in self.memories.kept]
+
+    def answer(self, rule: str, needle: range, told: list[int]) -> tuple[list[int], float, Tensor]:
+        """Greedy tokens, the log probability of those told, and for each [layer, KV head] what was
+        in scope of the needle's blocks while these were written, and what attention its tokens had
+        (0 past the dense limit).
+
+        The rule decides from what was read on; any number of rules may, one after the other.
+        """
+        first, last = needle.start // BLOCK_SIZE, (needle.stop - 1) // BLOCK_SIZE
+        self.needle = needle
+        self.blocks = torch.arange(first, last + 1, device=self.device, dtype=torch.int32)
+        written: list[int] = []
+        log_probability = 0.0
+        with torch.inference_mode():
+            likely = self._resume(rule)
+            while len(written) < self.room:
+                written.append(int(likely.argmax()))
+                likely = self._feed(written[-1:])
+            likely = self._resume(rule)
+            for token in told:
+                log_probability += float(likely[token])
+                likely = self._feed([token])
         seen = torch.stack([torch.stack(self.seen[index]) for index in sorted(self.seen)])
-        return written, *seen.mean(1).cpu().unbind(1)
+        return written, log_probability, seen.mean(1).cpu()
+
+    def _resume(self, rule: str) -> Tensor:
+        self.length, self.scope, kept = self.read_so_far
+        self.memories.kept = Kept(*(part.clone() for part in kept))
+        self.rule = rule
+        self._forget_step()
+        if rule == "only":
+            self.scope = self.scope._replace(recall_blocks=len(self.blocks))
+        return self._feed(self.tokens[self.length :])
+
+    def _forget_step(self) -> None:
+        self.seen: dict[int, list[Tensor]] = {}
+        self.recalled: dict[int, Tensor] = {}
+        self.found: dict[int, Memory] = {}
+
+    def _feed(self, tokens: list[int]) -> Tensor:
+        """Log probabilities of the token behind these."""
+        at = torch.tensor([tokens], device=self.device)
+        place = torch.arange(len(tokens), device=self.device)[None] + self.length
+        out = self.model(at, position_ids=place, use_cache=False, logits_to_keep=1)
+        self.length += len(tokens)
+        return out.logits[0, -1].float().log_softmax(-1)
 
     def _attend(self, module, query, key, value, mask, scaling, **_):
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
@@ -186,13 +229,21 @@ class Study:
         self, query: Tensor, layer: Layer, tiles: Tiles, scale: float, memory: Memory | None
     ) -> Tensor:
         scope, rotary, stage = self.scope, self.rotary, attention.stages(query.device)
+        if self.rule == "only":
+            return self.blocks.expand(tiles.row.shape[0], 1, -1).contiguous()
         whole = tiles
         if self.rule != "all":
             tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
+        told = scope.per_layer, memory, tiles.length
         if self.rule in EXACT:
-            score = self._exact(query, layer.key, tiles, scale)[0]
-            return stage.recall_blocks(score, scope.recall_blocks, per_layer=scope.per_layer)
+            score, _ = self._exact(query, layer.key, tiles, scale)
+            every, remembers = None, self.rule in SHARES and memory is not None
+            if remembers:  # all blocks are candidates, or nothing found would join the memory
+                column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
+                every = column.expand(score.shape[0], 1, -1).contiguous()
+            told = scope.per_layer, memory if remembers else None, tiles.length
+            return stage.recall_blocks(score, scope.recall_blocks, None, every, *told)
         if self.rule == "mean":
             turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
@@ -201,20 +252,21 @@ class Study:
             recalled = attention.select(*given, memory=memory)
             return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
         score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
-        if self.rule == "normalised":
-            mass = self._exact(query, layer.key, tiles, scale)[1]
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
         score = self._changed(torch.where(can, score, 0), can)
         count = (8 if self.rule == "wide" else 1) * scope.candidates(tiles.max_length)
-        told = scope.per_layer, memory, tiles.length
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
-        refined = stage.refine_scores(query, *common, candidates, mass, scope, rotary, scale)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
-        score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
-        score = self._changed(score, can).gather(-1, named)
-        score = torch.where(of_each >= 0, score, -1.0)
+        if self.rule == "estimated":
+            score, _ = self._exact(query, layer.key, tiles, scale, mass)
+        else:
+            given = (candidates, mass, scope, rotary, scale)
+            refined = stage.refine_scores(query, *common, *given)
+            score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
+            score = self._changed(score, can)
+        score = torch.where(of_each >= 0, score.gather(-1, named), -1.0)
         return stage.recall_blocks(score, scope.recall_blocks, None, candidates, *told)
 
     def _changed(self, score: Tensor, can: Tensor) -> Tensor:
@@ -237,9 +289,11 @@ class Study:
         forced = torch.cat((others[..., : size - count], wanted), -1).sort(-1).values
         return torch.where(can.all(-1, keepdim=True), forced, recalled).to(torch.int32)
 
-    def _exact(self, query: Tensor, key: Tensor, tiles: Tiles, scale: float):
-        """Shares of the position-free softmax from every key, and its denominators:
-        [num_tiles, num_kv_heads, max_blocks], [num_tiles, num_kv_heads, rows]."""
+    def _exact(
+        self, query: Tensor, key: Tensor, tiles: Tiles, scale: float, given: Tensor | None = None
+    ):
+        """Shares of the position-free softmax from every key, and its denominators unless they are
+        given: [num_tiles, num_kv_heads, max_blocks], [num_tiles, num_kv_heads, rows]."""
         scope, heads, most = self.scope, self.kv_heads, tiles.max_length
         group, blocks = query.shape[1] // heads, key.shape[0] // BLOCK_SIZE
         keys, num_tiles = key.permute(1, 2, 0), tiles.row.shape[0]
@@ -271,7 +325,9 @@ class Study:
             mass = logits.unflatten(-1, (blocks, BLOCK_SIZE)).logsumexp(-1)
             mass.masked_fill_(~can[None, :, None], float("-inf"))
             total = mass.logsumexp(-1, keepdim=True)
-            share = (mass - total).exp().nan_to_num_()
+            if given is not None:
+                total = given[part].transpose(0, 1)[..., None]
+            share = (mass - total).clamp(max=0).exp().nan_to_num_()
             share *= counts.repeat_interleave(group, 1)[None, :, :, None]
             share = share.amax(2) if self.rule == "max" else share.sum(2)
             can[:, : scope.global_blocks] = False
@@ -324,58 +380,88 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--lengths", type=int, nargs="+", required=True)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["essay"])
+    tasks = (*TASKS, *sorted(ruler_text.HAVE_DEPTH))
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=["essay"])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=["served"])
     parser.add_argument("--settings", type=json.loads, nargs="+", default=[{}])
+    parser.add_argument("--from-question", action="store_true", help="rules decide from there on")
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--keys", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if "only" in options.rules and not options.from_question:
+        parser.error("the rule only needs --from-question: what stands before the needle has none")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     study = Study(options.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     stamp = {key: value for key, value in harness.stamp().items() if key != "vllm"}
     about = {"model": Path(options.model).name, "seed": options.seed} | stamp
     prompts = Prompts(options.model)
     for task in options.tasks:
-        once = argparse.Namespace(**vars(options) | {"keys": 1})
         everything = {"dense_limit": study.window}
-        _, weight = ask(study, prompts, once, task, study.window // 4, "served", everything, None)
+        window = study.window // 4
+        (_, weight), *_ = ask(study, prompts, options, task, window, ["served"], everything, 1)
         for length in sorted(options.lengths):
-            for rule in options.rules:
-                for settings in options.settings:
-                    row, _ = ask(study, prompts, options, task, length, rule, settings, weight)
-                    provider = engines.Provider("reattention", options.model, 0, settings)
-                    harness.append(TABLE, COLUMNS, [about | row | provider.numbers()])
+            for settings in options.settings:
+                shared = (
+                    about | engines.Provider("reattention", options.model, 0, settings).numbers()
+                )
+                given = task, length, options.rules, settings, options.keys
+                for row, _ in ask(study, prompts, options, *given, weight):
+                    harness.append(TABLE, COLUMNS, [shared | row])
 
 
-def ask(study, prompts, options, task, length, rule, settings, weight) -> tuple[dict, Tensor]:
-    """A row of the table; and the needle's attention by layer and KV head, where all is seen."""
-    start = time.perf_counter()
-    hits, covers, masses, by_depth, missed = 0, [], [], [], []
+def make_prompt(prompts: Prompts, task: str, length: int, depth: float, seed: str) -> Prompt:
+    """One of benchmarks.prompts, or of RULER's with one answer."""
+    if task in TASKS:
+        return prompts.make(task, length, depth, seed)
+    sample = ruler_text.make(prompts, task, length, depth, seed)
+    return Prompt(task, depth, sample.tokens, sample.answers[0])
+
+
+def ask(
+    study: Study,
+    prompts: Prompts,
+    options: argparse.Namespace,
+    task: str,
+    length: int,
+    rules: list[str],
+    settings: dict,
+    keys: int,
+    weight: Tensor | None = None,
+) -> list[tuple[dict, Tensor]]:
+    """For each rule a row of the table, and the needle's attention by layer and KV head.
+
+    weight  of layers and heads for the coverage; None: this attention, as where all is seen
+    """
+    found: dict[str, list] = {rule: [] for rule in rules}
     for depth in depths(options.depths):
-        before = hits
-        for key in range(options.keys):
-            prompt = prompts.make(task, length, depth, f"{options.seed} {key}")
+        for key in range(keys):
+            prompt = make_prompt(prompts, task, length, depth, f"{options.seed} {key}")
             place = needle_place(prompts, prompt)
-            tokens, cover, mass = study.answer(prompt, place, rule, settings)
-            written = prompts.tokenizer.decode(tokens)
-            hits += is_hit(prompt, written)
-            covers.append(cover)
-            masses.append(mass)
-            if not is_hit(prompt, written):
-                missed.append(f"{prompt.answer}: {written!r}")
-        by_depth.append(hits - before)
-    mass = torch.stack(masses).mean(0)
-    weight = mass if weight is None else weight
-    cover = float((torch.stack(covers).mean(0) * weight).sum() / weight.sum())
-    row = {"rule": rule, "task": task, "context_len": length, "hits": hits}
-    row |= {"samples": len(covers), "coverage": round(cover, 4)}
-    print(
-        f"{task} {length} {rule} {settings or 'default'}: {hits}/{len(covers)} {by_depth}, "
-        f"coverage {cover:.3f}, {time.perf_counter() - start:.1f} s, missed {missed[:2]}",
-        flush=True,
-    )
-    return row, mass
+            told = prompts.encode(f" {prompt.answer}")
+            room = max(ANSWER_LEN, len(told) + 1)
+            for rule in rules:
+                if not options.from_question or rule == rules[0]:
+                    reads = "served" if options.from_question else rule
+                    study.read(prompt.tokens, room, settings, reads)
+                written, logprob, seen = study.answer(rule, place, told)
+                text = prompts.tokenizer.decode(written)
+                found[rule].append((is_hit(prompt, text), logprob, *seen.unbind(1)))
+                saw = f"{logprob:.2f}, {prompt.answer} as {text!r}"
+                print(f"{task} {length} {depth} {rule}: {saw}", flush=True)
+    rows = []
+    for rule, answers in found.items():
+        hits, logprobs, covers, masses = zip(*answers, strict=True)
+        mass = torch.stack(masses).mean(0)
+        counts = mass if weight is None else weight
+        cover = float((torch.stack(covers).mean(0) * counts).sum() / counts.sum())
+        row = {"rule": rule, "task": task, "context_len": length, "hits": sum(hits)}
+        row |= {"samples": len(hits), "coverage": f"{cover:.4f}"}
+        row |= {"logprob": f"{sum(logprobs) / len(hits):.4g}"}
+        row |= {"rules_from": "question" if options.from_question else "start"}
+        rows.append((row, mass))
+        print(f"{settings or 'default'} {row}", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

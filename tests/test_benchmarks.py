@@ -478,7 +478,6 @@ def test_every_rule_recalls_what_it_may(study, rule, scorer, monkeypatch):
     """By each tile as many blocks as it may, between global and local, in order, and no other."""
     recalls = []
     select = rules.Study._select
-    monkeypatch.setattr(rules, "ANSWER_LEN", 2)
 
     def kept(*given):
         recalls.append((given[3], select(*given)))
@@ -488,9 +487,17 @@ def test_every_rule_recalls_what_it_may(study, rule, scorer, monkeypatch):
     prompts = Prompts(str(TINY))
     prompt = prompts.make("tiny", 300, 0.3, "0")
     settings = dict(global_size=32, local_size=64, recall_size=64, dense_limit=160, scorer=scorer)
-    written, seen, _ = study.answer(prompt, rules.needle_place(prompts, prompt), rule, settings)
-    assert len(written) == 2
-    assert rule != "oracle" or seen.min() == 1
+    told = prompts.encode(f" {prompt.answer}")
+    study.read(prompt.tokens, 2, settings, "served" if rule == "only" else rule)
+    served, needle = len(recalls), rules.needle_place(prompts, prompt)
+    written, logprob, seen = study.answer(rule, needle, told)
+    assert len(written) == 2 and logprob < 0
+    assert rule not in ("oracle", "only") or seen[:, 0].min() == 1
+    if rule == "only":
+        blocks = list(range(needle.start // 32, (needle.stop - 1) // 32 + 1))
+        for _, recalled in recalls[served:]:
+            assert recalled.flatten(0, 1).tolist() == [blocks] * len(recalled)
+        recalls = recalls[:served]
     for tiles, recalled in recalls:
         block = tiles.position // 32
         selects = (block >= 5) & (tiles.length > 0)
