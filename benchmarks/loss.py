@@ -132,7 +132,8 @@ def summary(rows: list[dict]) -> str:
         for length, texts in sorted(cells.items()):
             more, error = change(shortest, texts)
             mean = statistics.fmean(texts.values())
-            lines.append(f"{length:>9} {mean:8.4f} {more:+8.2%} +- {error:.2%}, {len(texts)} texts")
+            spread = f" +- {error:.2%}" if len(texts) > 1 else ""
+            lines.append(f"{length:>9} {mean:8.4f} {more:+8.2%}{spread}, {len(texts)} texts")
     return "\n".join(lines)
 
 
