@@ -144,6 +144,24 @@ def test_refine_scores(case, dtype, probes, monkeypatch):
     torch.testing.assert_close(actual.double(), exact, rtol=0.02, atol=0.01)
 
 
+@pytest.mark.parametrize("case", [DECODE[0], PREFILL[0]], ids=str)
+def test_what_masses_are_measured_by_cancels_out(case):
+    """As long as something is left of them in float32; then they are 0, and never nan."""
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    args, scope = inputs.score_args(), case.scope
+    score, extent, mass = reference.score_blocks(*args)
+    candidates = reference.recall_blocks(score, scope.candidate_blocks, extent)
+    by = {
+        far: kernels.refine_scores(*args[:4], candidates, mass + far, *args[4:])
+        for far in (0.0, -40.0, 40.0, -1000.0, 1000.0)
+    }
+    torch.testing.assert_close(by[-40.0], by[0.0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(by[40.0], by[0.0], rtol=1e-3, atol=1e-4)
+    assert by[-1000.0].isfinite().all()
+    assert torch.equal(by[1000.0], torch.where(by[0.0] >= 0, 0.0, -1.0))
+
+
 @pytest.mark.parametrize("all_are", ["candidates", "probes"])
 def test_shares_are_exact_where_all_keys_are_read(all_are, monkeypatch):
     """Against a softmax over keys that were never rotated or paged, in float64."""
