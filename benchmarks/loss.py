@@ -137,6 +137,14 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def means(cells: dict[int, dict[int, float]]) -> list[tuple[int, float]]:
+    """By length, of the texts that every length has: others would be compared with each other."""
+    common = set.intersection(*map(set, cells.values()))
+    if not common:
+        return []
+    return [(n, statistics.fmean(cells[n][text] for text in common)) for n in sorted(cells)]
+
+
 def draw(model: str) -> None:
     import matplotlib
 
@@ -146,7 +154,9 @@ def draw(model: str) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5))
     rows = [row for row in harness.read(TABLE) if row["model"] == model]
     for name, cells in curves(rows).items():
-        points = sorted((n, statistics.fmean(texts.values())) for n, texts in cells.items())
+        points = means(cells)
+        if len(points) < 2:  # of other texts than the curves, it would only mislead
+            continue
         style = "-" if name.endswith("prefill") else "--"
         axis.plot(*zip(*points, strict=True), style, marker="o", label=name)
     lengths = sorted({int(row["context_len"]) for row in rows})

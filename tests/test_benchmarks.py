@@ -266,6 +266,9 @@ def test_losses_of_all_lengths_are_of_the_same_tokens(prompts):
 
 def test_losses_change_over_the_same_texts():
     assert loss.change({1: 2.0, 2: 4.0, 3: 9.0}, {1: 2.5, 2: 4.5}) == (0.5 / 3, 0.0)
+    cells = {16: {1: 2.5, 2: 4.5}, 8: {1: 2.0, 2: 4.0, 3: 9.0}}
+    assert loss.means(cells) == [(8, 3.0), (16, 3.5)]
+    assert loss.means({8: {1: 2.0}, 16: {2: 2.0}}) == []
     about = dict.fromkeys(loss.COLUMNS, "") | {"provider": "p", "phase": "decode"}
     rows = [
         about | {"context_len": n, "text": text, "loss": value}
