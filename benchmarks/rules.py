@@ -237,7 +237,7 @@ class Study:
         common = (layer.pages, self.table, tiles)
         told = scope.per_layer, memory, tiles.length
         if self.rule in EXACT:
-            score, _ = self._exact(query, layer.key, tiles, scale)
+            score = self._exact(query, layer.key, tiles, scale)
             every, remembers = None, self.rule in SHARES and memory is not None
             if remembers:  # all blocks are candidates, or nothing found would join the memory
                 column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
@@ -260,7 +260,7 @@ class Study:
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
         if self.rule == "estimated":
-            score, _ = self._exact(query, layer.key, tiles, scale, mass)
+            score = self._exact(query, layer.key, tiles, scale, mass)
         else:
             given = (candidates, mass, scope, rotary, scale)
             refined = stage.refine_scores(query, *common, *given)
@@ -291,14 +291,15 @@ class Study:
 
     def _exact(
         self, query: Tensor, key: Tensor, tiles: Tiles, scale: float, given: Tensor | None = None
-    ):
-        """Shares of the position-free softmax from every key, and its denominators unless they are
-        given: [num_tiles, num_kv_heads, max_blocks], [num_tiles, num_kv_heads, rows]."""
+    ) -> Tensor:
+        """Shares of the position-free softmax from every key, [num_tiles, num_kv_heads, blocks].
+
+        given  [num_tiles, num_kv_heads, rows], logarithms of other denominators than its own
+        """
         scope, heads, most = self.scope, self.kv_heads, tiles.max_length
         group, blocks = query.shape[1] // heads, key.shape[0] // BLOCK_SIZE
         keys, num_tiles = key.permute(1, 2, 0), tiles.row.shape[0]
         score = query.new_full((num_tiles, heads, blocks), -1.0, dtype=torch.float32)
-        totals = score.new_zeros((num_tiles, heads, most * group))
         chunk = max(1, EXACT_BYTES // (4 * heads * most * group * key.shape[0]))
         offset = torch.arange(most, device=query.device)
         for start in range(0, num_tiles, chunk):
@@ -332,8 +333,7 @@ class Study:
             share = share.amax(2) if self.rule == "max" else share.sum(2)
             can[:, : scope.global_blocks] = False
             score[part] = torch.where(can[:, None], share.transpose(0, 1), -1.0)
-            totals[part] = total[..., 0].transpose(0, 1).clamp(min=-1e30)
-        return score, totals
+        return score
 
     def _votes(self, query: Tensor, key: Tensor, can: Tensor, counts: Tensor) -> Tensor:
         """[num_kv_heads, num_tiles, blocks]; query [num_kv_heads, num_tiles, rows, head_size], can

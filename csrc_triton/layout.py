@@ -44,8 +44,8 @@ class Rotary(NamedTuple):
 
 SAMPLE_EVERY = 8  # see Scope.sample_from
 # Where keys tell a share, so many blocks, equally spaced, tell the mass of those that are neither
-# global nor candidates. With 32 of 1000 a denominator is right to 0.07 of its logarithm, where
-# estimates from summaries are off by 0.7 (docs/fidelity.md).
+# global nor candidates. With them a denominator is right to 0.05 of its logarithm, where estimates
+# from summaries are off by 0.7 (docs/fidelity.md).
 PROBES = 64
 
 
@@ -71,6 +71,11 @@ class Scope(NamedTuple):
     def candidates(self, max_length: int) -> int:
         singles = self.single_candidates or self.candidate_blocks
         return singles if max_length == 1 else self.candidate_blocks
+
+    def listed(self, max_length: int) -> int:
+        """How many blocks' keys tell the shares of a tile's candidates; 0: summaries tell them."""
+        candidates = self.candidates(max_length)
+        return candidates + self.global_blocks + PROBES if candidates else 0
 
     @property
     def blocks(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import PROBES, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
+from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -32,7 +32,7 @@ def tiles_per_run(
     """How many tiles the selection takes at once."""
     per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
     rows = num_heads * min(max_length, SELECTING_QUERIES)
-    numbers = per_block * max_blocks + rows * (scope.candidates(max_length) + PROBES)
+    numbers = per_block * max_blocks + rows * scope.listed(max_length)
     # a multiple of 4: kernels are compiled once for rows that start on 16 bytes
     return max(4, SELECTION_BYTES // (4 * numbers) // 4 * 4)
 

@@ -10,7 +10,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from csrc_triton.layout import PROBES, Scope
+from csrc_triton.layout import Scope
 from vllm_reattention import compat
 from vllm_reattention.attention import SELECTING_QUERIES, tiles_per_run
 from vllm_reattention.config import ReAttentionConfig
@@ -110,8 +110,7 @@ class Plan:
             candidates = scope.candidates(max_length)
             row = self.kv_heads * (max_blocks + 2 * candidates + scope.recall_blocks)
             row += heads * (max_blocks if max_length == 1 else max_length)
-            listed = candidates + scope.global_blocks + PROBES
-            row += heads * min(max_length, SELECTING_QUERIES) * listed
+            row += heads * min(max_length, SELECTING_QUERIES) * scope.listed(max_length)
             remembered = num_tiles * max_blocks if scope.memory else 0
             most = max(most, 4 * (at_once * row + remembered))
         return max(most, turned)
