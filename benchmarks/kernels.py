@@ -192,12 +192,12 @@ class Problem:
             given = (self.query, scored, self.block_table, some, SCOPE, self.rotary, self.scale)
             recalled = self.out.new_zeros((1, 1, SCOPE.recall_blocks)).int()
             if self.context > SCOPE.dense_blocks * BLOCK_SIZE:
-                score, extent, mass = kernels.score_blocks(*given)
-                theirs, _, _ = reference.score_blocks(*given)
+                score, extent = kernels.score_blocks(*given)
+                theirs, _ = reference.score_blocks(*given)
                 n = int(extent[0])
                 torch.testing.assert_close(score[..., :n], theirs[..., :n], rtol=0.1, atol=0.02)
                 found = recall(score, self.candidates, extent)
-                refined = kernels.refine_scores(*given[:4], found, mass, *given[4:])
+                refined = kernels.refine_scores(*given[:4], found, *given[4:])
                 recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
             exact = torch.empty_like(self.out)
             reference.attend(self.query, pages, self.block_table, part, recalled, *given[4:], exact)
@@ -222,11 +222,11 @@ class Problem:
             given = (self.query, layer.pages, self.block_table)
             some = (*given, selecting(self.tiles))
             rest = (self.rotary, self.scale)
-            score, extent, mass = kernels.score_blocks(*some, SCOPE, *rest)
+            score, extent = kernels.score_blocks(*some, SCOPE, *rest)
             found = recall(score, self.candidates, extent)
-            refined = kernels.refine_scores(*some, found, mass, SCOPE, *rest)
+            refined = kernels.refine_scores(*some, found, SCOPE, *rest)
             recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
-            kept.append((some, rest, score, extent, mass, found, refined, recalled))
+            kept.append((some, rest, score, extent, found, refined, recalled))
 
         def over_layers(call):
             return lambda: [call(*state) for state in kept]
@@ -237,18 +237,16 @@ class Problem:
                 lambda g, r, score, extent, *_: recall(score, self.candidates, extent)
             ),
             "refine": over_layers(
-                lambda g, r, s, e, mass, found, *_: kernels.refine_scores(
-                    *g, found, mass, SCOPE, *r
-                )
+                lambda g, r, s, e, found, *_: kernels.refine_scores(*g, found, SCOPE, *r)
             ),
             "recall": over_layers(
-                lambda g, r, s, e, m, found, refined, _: recall(
+                lambda g, r, s, e, found, refined, _: recall(
                     refined, SCOPE.recall_blocks, blocks=found
                 )
             ),
             "memory": self.memory_of_a_step,
             "attend": over_layers(
-                lambda g, r, s, e, m, f, refined, recalled: kernels.attend(
+                lambda g, r, s, e, f, refined, recalled: kernels.attend(
                     *g[:3], self.tiles, recalled, SCOPE, *r, self.out
                 )
             ),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.rules MODEL --lengths 16384 65536 --tasks essay --rules served exact
     python -m benchmarks.rules MODEL --lengths 131072 --tasks niah_multikey_1 --from-question \
-        --rules served estimated exact oracle only
+        --rules served each exact oracle only
 
 The model runs in Transformers with our stages as its attention and one prompt at a time, so that a
 rule that is not served can be put in the place of `select`. Every rule sees the same prompts; with
@@ -16,7 +16,9 @@ of the trained window and nothing is left out. So the heads that do the finding 
 served      what the settings say: so each rule below but for what it says
 all         by all queries of a tile, not every fourth
 wide        with eight times as many candidates
-estimated   with the softmax's denominators from summaries, as before there were probes
+each        by every layer for itself
+question    by every layer for itself where the prompt is read, not where the answer is written
+turns       by as many layers, in turns: each token by the layers behind those of the token before
 exact       shares from every key
 mean        by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row instead of their sum
@@ -53,7 +55,8 @@ from vllm_reattention.tiles import prefill_tiles
 SHARES = ("exact", "max", "newest")
 EXACT = (*SHARES, "votes", "quest", "centroid")
 VOTES = 4  # of each query and head
-RULES = ("served", "all", "wide", "estimated", *EXACT, "mean", "spread", "recent", "oracle", "only")
+ASKED = ("served", "each", "question", "turns", "oracle")  # by the stages as they are
+RULES = (*ASKED, "all", "wide", *EXACT, "mean", "spread", "recent", "only")
 QUESTION = 64  # tokens, at most a block more
 BLOCK_SIZE = engines.BLOCK_SIZE
 COLUMNS = ["model", "rule", "rules_from", "task", "context_len", "samples", "hits", "logprob"]
@@ -178,8 +181,10 @@ class Study:
         run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width, self.scope)
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
-            if index in self.selecting:
-                self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
+            selecting = self._selecting_layers(new)
+            if index in selecting:
+                given = (selecting, query, part, scaling)
+                self.recalled[start] = self._select_for_all(index, start, *given)
             recalled = self.recalled[start]
             common = (query, layer.pages, self.table, part, recalled)
             stage.attend(*common, self.scope, self.rotary, scaling, out)
@@ -210,8 +215,23 @@ class Study:
             mass = on.sum(-1).mean(1)
         return torch.stack((inside.float().mean(1), mass))
 
+    def _selecting_layers(self, new: int) -> tuple[int, ...]:
+        layers = range(self.model.config.num_hidden_layers)
+        if self.rule == "each" or (self.rule == "question" and new > 1):
+            return tuple(layers)
+        if self.rule == "turns" and new == 1:
+            by = self.length % self.selecting[1]
+            return tuple({0, *(index + by for index in self.selecting if index + by in layers)})
+        return self.selecting
+
     def _select_for_all(
-        self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
+        self,
+        index: int,
+        start: int,
+        selecting: tuple[int, ...],
+        query: Tensor,
+        tiles: Tiles,
+        scale: float,
     ) -> Tensor:
         """What this layer and those behind it recall, which are told what a server's would be."""
         layer, place = self.layers[index], (tiles, self.table)
@@ -219,9 +239,10 @@ class Study:
             return self._select(query, layer, tiles, scale, None)
         if index == 0:
             generated = tiles.length > 0 if tiles.max_length == 1 else None
+            self.memories.weight = 1 / len(selecting)
             self.found[start] = self.memories.recollect(*place, generated)
         recalled = self._select(query, layer, tiles, scale, self.found[start])
-        if index == self.selecting[-1]:
+        if index == max(selecting):
             self.memories.keep(*place, self.found[start])
         return recalled
 
@@ -247,11 +268,11 @@ class Study:
         if self.rule == "mean":
             turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
-        if self.rule in ("served", "mean", "oracle"):
+        if self.rule in (*ASKED, "mean"):
             given = (query, *common, scope, rotary, scale)
             recalled = attention.select(*given, memory=memory)
             return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
-        score, extent, mass = stage.score_blocks(query, *common, scope, rotary, scale)
+        score, extent = stage.score_blocks(query, *common, scope, rotary, scale)
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
         score = self._changed(torch.where(can, score, 0), can)
@@ -259,13 +280,9 @@ class Study:
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
-        if self.rule == "estimated":
-            score = self._exact(query, layer.key, tiles, scale, mass)
-        else:
-            given = (candidates, mass, scope, rotary, scale)
-            refined = stage.refine_scores(query, *common, *given)
-            score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
-            score = self._changed(score, can)
+        refined = stage.refine_scores(query, *common, candidates, scope, rotary, scale)
+        score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
+        score = self._changed(score, can)
         score = torch.where(of_each >= 0, score.gather(-1, named), -1.0)
         return stage.recall_blocks(score, scope.recall_blocks, None, candidates, *told)
 
@@ -289,13 +306,8 @@ class Study:
         forced = torch.cat((others[..., : size - count], wanted), -1).sort(-1).values
         return torch.where(can.all(-1, keepdim=True), forced, recalled).to(torch.int32)
 
-    def _exact(
-        self, query: Tensor, key: Tensor, tiles: Tiles, scale: float, given: Tensor | None = None
-    ) -> Tensor:
-        """Shares of the position-free softmax from every key, [num_tiles, num_kv_heads, blocks].
-
-        given  [num_tiles, num_kv_heads, rows], logarithms of other denominators than its own
-        """
+    def _exact(self, query: Tensor, key: Tensor, tiles: Tiles, scale: float) -> Tensor:
+        """Shares of the position-free softmax from every key, [num_tiles, num_kv_heads, blocks]."""
         scope, heads, most = self.scope, self.kv_heads, tiles.max_length
         group, blocks = query.shape[1] // heads, key.shape[0] // BLOCK_SIZE
         keys, num_tiles = key.permute(1, 2, 0), tiles.row.shape[0]
@@ -326,8 +338,6 @@ class Study:
             mass = logits.unflatten(-1, (blocks, BLOCK_SIZE)).logsumexp(-1)
             mass.masked_fill_(~can[None, :, None], float("-inf"))
             total = mass.logsumexp(-1, keepdim=True)
-            if given is not None:
-                total = given[part].transpose(0, 1)[..., None]
             share = (mass - total).clamp(max=0).exp().nan_to_num_()
             share *= counts.repeat_interleave(group, 1)[None, :, :, None]
             share = share.amax(2) if self.rule == "max" else share.sum(2)

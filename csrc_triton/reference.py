@@ -110,7 +110,7 @@ def score_blocks(
     scope: Scope,
     rotary: Rotary,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Each block's share of the position-free softmax, estimated from summaries.
 
     A block whose keys have mean m and variance v per channel holds about
@@ -119,20 +119,17 @@ def score_blocks(
     query        [num_tokens, num_heads, head_size], not rotated
     block_table  [num_requests, max_blocks] int32
     returns      score [num_tiles, num_kv_heads, max_blocks] fp32: shares summed over the tile's
-                 rows; -1 where nothing can be recalled (global, local, past the end, dense tiles);
+                 rows, each cut at 1, which estimates may pass where not all blocks are in the
+                 denominator (Scope.sample_from); -1 where nothing can be recalled (global, local,
+                 past the end, dense tiles);
                  extent [num_tiles] int32: how many columns of score can matter, 0 for a tile
-                 that recalls nothing (kernels leave the columns behind it unwritten);
-                 log_mass [num_tiles, num_kv_heads, max_length * group] fp32: log of the softmax's
-                 denominator over all blocks before local (see Scope.sample_from); 0 for rows that
-                 are not there. A share is cut at 1, which estimates may pass
+                 that recalls nothing (kernels leave the columns behind it unwritten)
     """
     num_kv_heads, block_size = pages.key.shape[1:3]
-    group = query.shape[1] // num_kv_heads
     num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     score = query.new_full((num_tiles, num_kv_heads, max_blocks), -1.0, dtype=wide)
     extent = tiles.row.new_zeros(num_tiles)
-    log_mass = query.new_zeros((num_tiles, num_kv_heads, tiles.max_length * group), dtype=wide)
     for tile, (request, row, length, position) in enumerate(_rows(tiles)):
         num_global, num_recalled, local = scope.slots(position // block_size, block_size)
         if not length or not num_recalled:
@@ -145,8 +142,7 @@ def score_blocks(
         shares = (mass - total).clamp(max=0).exp().sum(dim=1)
         score[tile, :, num_global:local] = shares[:, num_global:]
         extent[tile] = local
-        log_mass[tile, :, : length * group] = total[..., 0]
-    return score, extent, log_mass
+    return score, extent
 
 
 def _log_mass(mass: Tensor, tiles: Tiles, scope: Scope) -> Tensor:
@@ -265,7 +261,6 @@ def refine_scores(
     block_table: Tensor,
     tiles: Tiles,
     candidates: Tensor,
-    log_mass: Tensor,
     scope: Scope,
     rotary: Rotary,
     scale: float,
@@ -278,7 +273,6 @@ def refine_scores(
     between them.
 
     candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
-    log_mass    as score_blocks returns it: kernels measure masses by it, and it cancels out
     returns     [num_tiles, num_kv_heads, n] fp32; -1 where there is no candidate
     """
     num_kv_heads, block_size = pages.key.shape[1:3]

@@ -32,6 +32,20 @@ SHARE_ROWS = 8  # of one tile and head at once, in the second kernel
 
 
 @triton.jit
+def _tile_extent(
+    tile_idx, length_ptr, position_ptr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr, RECALL: tl.constexpr, LOCAL: tl.constexpr, DENSE: tl.constexpr,
+    PROBES: tl.constexpr,
+):  # fmt: skip
+    """Its rows, whether it selects, its first local block, blocks from one probe to the next."""
+    num_rows = tl.load(length_ptr + tile_idx) * GROUP
+    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
+    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
+    every = tl.maximum(tl.cdiv(local - GLOBAL, PROBES), 1)
+    return num_rows, (num_rows > 0) & (num_recalled > 0), local, every
+
+
+@triton.jit
 def _listed_block(
     entry, candidate_ptr, num_candidates, selects, local, every,
     GLOBAL: tl.constexpr, PROBES: tl.constexpr,
@@ -55,9 +69,8 @@ def _refine_mass_kernel(
     length_ptr,
     position_ptr,
     candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
-    log_mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS]
     cos_sin_ptr,  # [num_positions, 2, half]
-    mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed], times exp(-log_mass)
+    mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
     scale,  # of the logits, times the keys' scale
     query_scale,
     soft_cap,
@@ -93,12 +106,10 @@ def _refine_mass_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     out_row = tile_idx * tl.num_programs(1) + head_idx
-    num_rows = tl.load(length_ptr + tile_idx) * GROUP
+    num_rows, selects, local, every = _tile_extent(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, PROBES
+    )
     first_row = tl.load(row_ptr + tile_idx)
-    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
-    selects = (num_rows > 0) & (num_recalled > 0)
-    every = tl.maximum(tl.cdiv(local - GLOBAL, PROBES), 1)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     wait_for_previous(EARLY)
     candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
@@ -129,10 +140,7 @@ def _refine_mass_kernel(
             query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, STEP,
             PAD_HEAD,
         )  # fmt: skip
-        lane_row = first_of_part + lane % ROWS
-        log_mass = tl.load(
-            log_mass_ptr + out_row * MAX_ROWS + lane_row, mask=lane_row < num_rows, other=0.0
-        )
+        best = tl.full([OFFSETS * ROWS, BLOCKS * OFFSETS], float("-inf"), tl.float32)
         mass = tl.zeros([OFFSETS * ROWS, BLOCKS * OFFSETS], tl.float32)
         for offset in tl.range(0, BLOCK_SIZE, OFFSETS, num_stages=STAGES):
             turned = turn_rows(
@@ -148,11 +156,17 @@ def _refine_mass_kernel(
                 logits = cap_logits(logits * scale, soft_cap) * LOG2E
             else:
                 logits = logits * (scale * LOG2E)
-            # an estimate may be far too low: stay below what fp32 holds
-            mass += tl.exp2(tl.minimum(logits - (log_mass * LOG2E)[:, None], 100.0))
+            # in units of the best so far, so that one of the two powers is 1
+            less = tl.exp2(-tl.abs(logits - best))
+            mass = tl.where(logits > best, mass * less + 1.0, mass + less)
+            best = tl.maximum(best, logits)
+        mass = best + tl.log2(mass)
         if OFFSETS > 1:
-            mass = tl.reshape(tl.where(belongs, mass, 0.0), [OFFSETS, ROWS, BLOCKS, OFFSETS])
-            mass = tl.sum(tl.sum(mass, axis=3), axis=0)
+            mass = tl.where(belongs, mass, float("-inf"))
+            mass = tl.reshape(mass, [OFFSETS, ROWS, BLOCKS, OFFSETS])
+            best = tl.max(tl.max(mass, axis=3), axis=0)
+            mass = tl.exp2(mass - best[None, :, :, None])
+            mass = best + tl.log2(tl.sum(tl.sum(mass, axis=3), axis=0))
         at = (out_row * MAX_ROWS + row_offs)[:, None] * num_listed + entry_offs[None, :]
         is_there = (row_offs < num_rows)[:, None] & (entry_offs < num_listed)[None, :]
         tl.store(mass_ptr + at, mass, mask=is_there)
@@ -163,7 +177,7 @@ def _refined_share_kernel(
     length_ptr,  # [num_tiles]
     position_ptr,
     candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
-    mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed]
+    mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
     score_ptr,  # [num_tiles, num_kv_heads, num_candidates]
     num_candidates,
     num_listed,
@@ -184,11 +198,9 @@ def _refined_share_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     out_row = tile_idx * tl.num_programs(1) + head_idx
-    num_rows = tl.load(length_ptr + tile_idx) * GROUP
-    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
-    selects = (num_rows > 0) & (num_recalled > 0)
-    every = tl.maximum(tl.cdiv(local - GLOBAL, PROBES), 1)
+    num_rows, selects, local, every = _tile_extent(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, PROBES
+    )
     wait_for_previous(EARLY)
     candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
     entry_offs = tl.arange(0, LISTED)
@@ -206,9 +218,10 @@ def _refined_share_kernel(
             row_offs = first + tl.arange(0, ROWS)
             at = (out_row * MAX_ROWS + row_offs)[:, None] * num_listed + entry_offs[None, :]
             mask = (row_offs < num_rows)[:, None] & (block >= 0)[None, :]
-            mass = tl.load(mass_ptr + at, mask=mask, other=0.0)
+            mass = tl.load(mass_ptr + at, mask=mask, other=-1e30)
+            mass = tl.exp2(mass - tl.max(mass, axis=1)[:, None])
             total = tl.sum(mass * stands_for[None, :], axis=1)
-            share = mass / tl.maximum(total, 1e-30)[:, None]
+            share = tl.where(mask, mass / total[:, None], 0.0)
             score += tl.sum(tl.minimum(share, 1.0), axis=0)
     score_ptr += out_row * num_candidates + entry_offs
     tl.store(score_ptr, tl.where(block >= 0, score, -1.0), mask=entry_offs < num_candidates)
@@ -220,7 +233,6 @@ def refine_scores(
     block_table: Tensor,
     tiles: Tiles,
     candidates: Tensor,
-    log_mass: Tensor,
     scope: Scope,
     rotary: Rotary,
     scale: float,
@@ -230,8 +242,6 @@ def refine_scores(
 
     query       [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
     candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
-    log_mass    [num_tiles, num_kv_heads, max_length * group] fp32, of score_blocks: what masses
-                are measured by
     returns     [num_tiles, num_kv_heads, n] fp32; negative where there is no candidate
     """
     num_kv_heads, block_size, head_size = pages.key.shape[1:]
@@ -262,7 +272,6 @@ def refine_scores(
         block_table,
         *tiles[:4],
         candidates,
-        log_mass,
         rotary.cos_sin,
         mass,
         scale * pages.key_scale,

@@ -70,10 +70,10 @@ def _load_summaries(
 
 @triton.jit
 def _row_totals(
-    partial_ptr, log_mass_ptr, out_row, row_offs, num_rows, partials, is_first,
+    partial_ptr, out_row, row_offs, num_rows, partials,
     MAX_ROWS: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """log2 of each row's denominator, inf for rows that are not there; the first split keeps it."""
+    """log2 of each row's denominator, inf for rows that are not there."""
     split_offs = tl.arange(0, MAX_SPLITS)
     row_mask = row_offs < num_rows
     at = (out_row * MAX_ROWS + row_offs)[:, None] * partials + split_offs[None, :]
@@ -81,12 +81,6 @@ def _row_totals(
     partial = tl.load(partial_ptr + at, mask=mask, other=-1e30)
     best = tl.max(partial, axis=1)
     total = best + tl.log2(tl.sum(tl.exp2(partial - best[:, None]), axis=1))
-    if is_first:
-        tl.store(
-            log_mass_ptr + out_row * MAX_ROWS + row_offs,
-            tl.where(row_mask, total / LOG2E, 0.0),
-            mask=row_offs < MAX_ROWS,
-        )
     return tl.where(row_mask, total, float("inf"))
 
 
@@ -198,7 +192,6 @@ def _share_mass_kernel(
     partial_ptr,  # [num_tiles, num_kv_heads, num_rows, partials] log2
     score_ptr,  # [num_tiles, num_kv_heads, max_blocks]
     extent_ptr,  # [num_tiles]
-    log_mass_ptr,  # [num_tiles, num_kv_heads, num_rows]
     scale,
     query_scale,
     max_blocks,
@@ -240,11 +233,6 @@ def _share_mass_kernel(
         tl.store(extent_ptr + tile_idx, tl.where(selects, local, 0))
     out_row = tile_idx * tl.num_programs(1) + head_idx
     if not selects:
-        if split_idx == 0:
-            for first in range(0, MAX_ROWS, ROWS):
-                row_offs = first + tl.arange(0, ROWS)
-                at = out_row * MAX_ROWS + row_offs
-                tl.store(log_mass_ptr + at, tl.zeros([ROWS], tl.float32), mask=row_offs < MAX_ROWS)
         return
 
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
@@ -255,8 +243,7 @@ def _share_mass_kernel(
     for first_of_part in tl.static_range(0, MAX_ROWS, ROWS):
         row_offs = first_of_part + tl.arange(0, ROWS)
         total = _row_totals(
-            partial_ptr, log_mass_ptr, out_row, row_offs, num_rows, partials, split_idx == 0,
-            MAX_ROWS, MAX_SPLITS,
+            partial_ptr, out_row, row_offs, num_rows, partials, MAX_ROWS, MAX_SPLITS
         )  # fmt: skip
         if not KEEPS_MASS:
             query = _load_query(
@@ -294,14 +281,13 @@ def score_blocks(
     scope: Scope,
     rotary: Rotary,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Each block's share of the position-free softmax, estimated from summaries.
 
     query        [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
     block_table  [num_requests, max_blocks] int32
     returns      score [num_tiles, num_kv_heads, max_blocks] fp32, defined below the extent;
-                 extent [num_tiles] int32, 0 for tiles that recall nothing;
-                 log_mass [num_tiles, num_kv_heads, max_length * group] fp32
+                 extent [num_tiles] int32, 0 for tiles that recall nothing
     """
     num_kv_heads, block_size, head_size = pages.key.shape[1:]
     group = query.shape[1] // num_kv_heads
@@ -317,7 +303,6 @@ def score_blocks(
     partial = torch.empty((num_tiles, num_kv_heads, max_rows, splits), **fp32)
     score = torch.empty((num_tiles, num_kv_heads, max_blocks), **fp32)
     extent = torch.empty(num_tiles, dtype=torch.int32, device=query.device)
-    log_mass = torch.empty((num_tiles, num_kv_heads, max_rows), **fp32)
     tensors = (query, pages.summary, block_table, *tiles[:4], mass, partial)
     numbers = (scale, rotary.query_scale, max_blocks)
     strides = (
@@ -351,10 +336,10 @@ def score_blocks(
     share_blocks, share_warps, share_stages, wanted = _share_sizes(head_size, keeps_mass)
     share_splits = _splits(num_tiles * num_kv_heads, wanted)
     _share_mass_kernel[(num_tiles, num_kv_heads, share_splits)](
-        *tensors, score, extent, log_mass, *numbers, splits, share_splits, *strides, **fixed,
+        *tensors, score, extent, *numbers, splits, share_splits, *strides, **fixed,
         BLOCKS=share_blocks, MAX_SPLITS=MAX_SPLITS, STAGES=share_stages, num_warps=share_warps,
     )  # fmt: skip
-    return score, extent, log_mass
+    return score, extent
 
 
 def _tile_sizes(head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:

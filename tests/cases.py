@@ -129,7 +129,7 @@ class Inputs:
 
     def recalled(self) -> torch.Tensor:
         """A selection to attend over, from the reference's own scores."""
-        score, extent, _ = reference.score_blocks(*self.score_args())
+        score, extent = reference.score_blocks(*self.score_args())
         scope = self.case.scope
         return reference.recall_blocks(
             score.float(), scope.recall_blocks, extent, per_layer=scope.per_layer

@@ -61,9 +61,7 @@ def select(
     """
     stage = stages(query.device)
     tiles = selecting(tiles)
-    score, extent, log_mass = stage.score_blocks(
-        query, pages, block_table, tiles, scope, rotary, scale
-    )
+    score, extent = stage.score_blocks(query, pages, block_table, tiles, scope, rotary, scale)
 
     def recall(score: Tensor, num_recalled: int, *of: Tensor | None) -> Tensor:
         if scope.per_layer and add_up is not None:
@@ -75,7 +73,7 @@ def select(
         return recall(score, scope.recall_blocks, extent, None)
     candidates = recall(score, scope.candidates(tiles.max_length), extent, None)
     refined = stage.refine_scores(
-        query, pages, block_table, tiles, candidates, log_mass, scope, rotary, scale, soft_cap
+        query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap
     )
     return recall(refined, scope.recall_blocks, None, candidates)
 
