@@ -444,7 +444,7 @@ def test_heads_of_a_layer_recall_what_they_need_together(candidates, monkeypatch
 
     if candidates:
         return
-    score, extent, _ = reference.score_blocks(*given)
+    score, extent = reference.score_blocks(*given)
     assert extent.any()
     for tile in extent.nonzero().flatten().tolist():
         together = score[tile, :, : extent[tile]].sum(0)
