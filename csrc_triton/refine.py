@@ -320,5 +320,5 @@ def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:
     if rows <= 16:
         return 16, 2 if head_size <= 128 else 4, 3
     if rows <= 64:
-        return 128 if head_size <= 128 else 64, 4, 2
+        return (128, 4, 3) if head_size <= 128 else (64, 4, 2)
     return 64, 8, 2 if head_size > 128 else 3

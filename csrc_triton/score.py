@@ -242,15 +242,15 @@ def _share_mass_kernel(
     end = tl.minimum(start + per_split, local)
     for first_of_part in tl.static_range(0, MAX_ROWS, ROWS):
         row_offs = first_of_part + tl.arange(0, ROWS)
-        total = _row_totals(
-            partial_ptr, out_row, row_offs, num_rows, partials, MAX_ROWS, MAX_SPLITS
-        )  # fmt: skip
         if not KEEPS_MASS:
             query = _load_query(
                 query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows,
                 query_scale, scale, query_stride_token, query_stride_head,
                 HEAD_SIZE, HALF, INTERLEAVED, GROUP, STEP, PAD_HEAD,
             )  # fmt: skip
+        total = _row_totals(
+            partial_ptr, out_row, row_offs, num_rows, partials, MAX_ROWS, MAX_SPLITS
+        )  # fmt: skip
         for first in tl.range(start, end, BLOCKS, num_stages=STAGES):
             block_offs = first + tl.arange(0, BLOCKS)
             block_mask = block_offs < end
