@@ -16,9 +16,8 @@ of the trained window and nothing is left out. So the heads that do the finding 
 served      what the settings say: so each rule below but for what it says
 all         by all queries of a tile, not every fourth
 wide        with eight times as many candidates
-each        by every layer for itself
-question    by every layer for itself where the prompt is read, not where the answer is written
-turns       by as many layers, in turns: each token by the layers behind those of the token before
+shared      with prompts' last tiles as all others: what one layer recalls is that of four
+each        by every layer for itself, whatever it reads or writes
 exact       shares from every key
 mean        by the logits' mean over all distances in the scope, not without positions
 max         exact, by the highest share of any row instead of their sum
@@ -45,17 +44,17 @@ from torch import Tensor, nn
 
 from benchmarks import engines, harness, ruler_text
 from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, depths, is_hit
-from csrc_triton.layout import Kept, Memory, Pages, Rotary, Tiles, rotation_table
+from csrc_triton.layout import Kept, Memory, Pages, Rotary, Tail, Tiles, rotation_table
 from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.memory import Memories
-from vllm_reattention.tiles import prefill_tiles
+from vllm_reattention.tiles import find_tail, prefill_tiles
 
 SHARES = ("exact", "max", "newest")
 EXACT = (*SHARES, "votes", "quest", "centroid")
 VOTES = 4  # of each query and head
-ASKED = ("served", "each", "question", "turns", "oracle")  # by the stages as they are
+ASKED = ("served", "shared", "each", "oracle")  # by the stages as they are
 RULES = (*ASKED, "all", "wide", *EXACT, "mean", "spread", "recent", "only")
 QUESTION = 64  # tokens, at most a block more
 BLOCK_SIZE = engines.BLOCK_SIZE
@@ -100,13 +99,13 @@ class Study:
         config = ReAttentionConfig(**settings)
         layers = self.model.config.num_hidden_layers
         self.scope = config.resolve(self.window, BLOCK_SIZE, layers)
-        self.selecting = config.selecting_layers(layers)
-        self.layers, self.length, self.rule, self.tokens = {}, 0, rule, tokens
-        self._forget_step()
+        self.chosen = config.selecting_layers(layers)
+        self.layers, self.length, self.tokens = {}, 0, tokens
         self.room, blocks = room, -(-(len(tokens) + room) // BLOCK_SIZE)
         self.table = torch.arange(blocks, dtype=torch.int32, device=self.device)[None]
-        told = self.scope.memory, 1 / len(self.selecting), torch.device(self.device)
+        told = self.scope.memory, 0.0, torch.device(self.device)
         self.memories = Memories(blocks, BLOCK_SIZE, *told)
+        self._begin(rule)
         whole = max(len(tokens) - QUESTION, 0) // BLOCK_SIZE * BLOCK_SIZE
         with torch.inference_mode():
             if whole:
@@ -140,13 +139,16 @@ class Study:
     def _resume(self, rule: str) -> Tensor:
         self.length, self.scope, kept = self.read_so_far
         self.memories.kept = Kept(*(part.clone() for part in kept))
-        self.rule = rule
-        self._forget_step()
+        self._begin(rule)
         if rule == "only":
             self.scope = self.scope._replace(recall_blocks=len(self.blocks))
         return self._feed(self.tokens[self.length :])
 
-    def _forget_step(self) -> None:
+    def _begin(self, rule: str) -> None:
+        self.rule = rule
+        layers = self.model.config.num_hidden_layers
+        self.selecting = tuple(range(layers)) if rule == "each" else self.chosen
+        self.memories.weight = 1 / len(self.selecting)
         self.seen: dict[int, list[Tensor]] = {}
         self.recalled: dict[int, Tensor] = {}
         self.found: dict[int, Memory] = {}
@@ -179,13 +181,17 @@ class Study:
         out = torch.empty_like(query)
         heads, width = query.shape[1], self.table.shape[1]
         run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width, self.scope)
+        tail = self._tail(tiles) if new > 1 else None
+        if tail is not None:
+            own = self._select_for_tail(query, layer, tail.tiles, scaling)
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
-            selecting = self._selecting_layers(new)
-            if index in selecting:
-                given = (selecting, query, part, scaling)
-                self.recalled[start] = self._select_for_all(index, start, *given)
+            if index in self.selecting:
+                self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
             recalled = self.recalled[start]
+            if tail is not None:
+                here = tail._replace(of=tail.of[start : start + run])
+                recalled = attention.with_tail(recalled, here, own)
             common = (query, layer.pages, self.table, part, recalled)
             stage.attend(*common, self.scope, self.rotary, scaling, out)
         if new == 1:
@@ -215,23 +221,21 @@ class Study:
             mass = on.sum(-1).mean(1)
         return torch.stack((inside.float().mean(1), mass))
 
-    def _selecting_layers(self, new: int) -> tuple[int, ...]:
-        layers = range(self.model.config.num_hidden_layers)
-        if self.rule == "each" or (self.rule == "question" and new > 1):
-            return tuple(layers)
-        if self.rule == "turns" and new == 1:
-            by = self.length % self.selecting[1]
-            return tuple({0, *(index + by for index in self.selecting if index + by in layers)})
-        return self.selecting
+    def _tail(self, tiles: Tiles) -> Tail | None:
+        if self.rule == "shared":
+            return None
+        prompt_len = tiles.row.new_tensor([len(self.tokens)])
+        return find_tail(tiles, 0, prompt_len, BLOCK_SIZE)
+
+    def _select_for_tail(self, query: Tensor, layer: Layer, tiles: Tiles, scale: float) -> Tensor:
+        scope, self.scope = self.scope, self.scope.for_tail()
+        try:
+            return self._select(query, layer, tiles, scale, None)
+        finally:
+            self.scope = scope
 
     def _select_for_all(
-        self,
-        index: int,
-        start: int,
-        selecting: tuple[int, ...],
-        query: Tensor,
-        tiles: Tiles,
-        scale: float,
+        self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
     ) -> Tensor:
         """What this layer and those behind it recall, which are told what a server's would be."""
         layer, place = self.layers[index], (tiles, self.table)
@@ -239,10 +243,9 @@ class Study:
             return self._select(query, layer, tiles, scale, None)
         if index == 0:
             generated = tiles.length > 0 if tiles.max_length == 1 else None
-            self.memories.weight = 1 / len(selecting)
             self.found[start] = self.memories.recollect(*place, generated)
         recalled = self._select(query, layer, tiles, scale, self.found[start])
-        if index == max(selecting):
+        if index == self.selecting[-1]:
             self.memories.keep(*place, self.found[start])
         return recalled
 

@@ -77,6 +77,12 @@ class Scope(NamedTuple):
         candidates = self.candidates(max_length)
         return candidates + self.global_blocks + PROBES if candidates else 0
 
+    def for_tail(self) -> "Scope":
+        """Of the few tiles of a Tail: as many candidates as for single queries."""
+        if not self.candidate_blocks:
+            return self
+        return self._replace(candidate_blocks=max(self.candidate_blocks, self.single_candidates))
+
     @property
     def blocks(self) -> int:
         return self.global_blocks + self.recall_blocks + self.local_blocks
@@ -124,6 +130,17 @@ class Tiles(NamedTuple):
         row, position = self.row + skipped, self.position + skipped
         max_length = -(-self.max_length // step)
         return Tiles(self.request, row, length, position, max_length, step * self.step)
+
+
+class Tail(NamedTuple):
+    """Tiles at the ends of prompts, where questions stand: every layer selects for them.
+
+    tiles  those of a step; length 0: nothing to do
+    of     [num_tiles] int64: which of them each tile of the step is; -1: none
+    """
+
+    tiles: Tiles
+    of: Tensor
 
 
 class Memory(NamedTuple):

@@ -1,13 +1,13 @@
 """vLLM engines in a process of their own: pytest's has Triton's interpreter switched on."""
 
+import contextlib
 import gc
 import io
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -158,6 +158,28 @@ def _counted(llm, batches: list[list[Ask]]) -> tuple[list[list[Answer]], dict[st
     return found, counters
 
 
+@contextlib.contextmanager
+def tails() -> Iterator[set[tuple[int, int]]]:
+    """Positions and lengths of tiles that every layer of this process's engines selected for."""
+    from vllm_reattention import metadata
+
+    found, find_tail = set(), metadata.find_tail
+
+    def noted(*args):
+        tail = find_tail(*args)
+        _, _, lengths, positions = (column.tolist() for column in tail.tiles[:4])
+        found.update((p, n) for p, n in zip(positions, lengths, strict=True) if n)
+        return tail
+
+    with mock.patch.object(metadata, "find_tail", noted):
+        yield found
+
+
+def generate_and_tails(*args, **options) -> tuple[list[list[list[int]]], set[tuple[int, int]]]:
+    with tails() as found:
+        return generate(*args, **options)[0], found
+
+
 class Report(NamedTuple):
     """What an engine said, and how it came to say it."""
 
@@ -167,6 +189,7 @@ class Report(NamedTuple):
     graphs: str  # the mode in which CUDA graphs are used, as resolved for our backend
     steps: Counter[tuple[str, int, int]]  # by mode, tokens, tokens with padding
     num_blocks: int  # of the KV cache
+    tails: set[tuple[int, int]]
 
 
 def report(model: Path, batches: list[list[Ask]], **options) -> Report:
@@ -180,7 +203,7 @@ def report(model: Path, batches: list[list[Ask]], **options) -> Report:
         steps[step.runtime_mode, step.num_unpadded_tokens, step.num_padded_tokens] += 1
 
     chosen = DEFAULTS | dict(disable_log_stats=False, cudagraph_metrics=True) | options
-    with mock.patch.object(CUDAGraphLogging, "observe", observe):
+    with mock.patch.object(CUDAGraphLogging, "observe", observe), tails() as ends:
         llm = LLM(model=str(model), **chosen)
         steps.clear()
         said = _counted(llm, batches)
@@ -188,7 +211,7 @@ def report(model: Path, batches: list[list[Ask]], **options) -> Report:
     num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     del llm
     gc.collect()
-    return Report(*said, runner, graphs, steps, num_blocks)
+    return Report(*said, runner, graphs, steps, num_blocks, ends)
 
 
 def _runner(worker) -> tuple[str, str]:
@@ -492,7 +515,7 @@ def command(*words: str) -> tuple[int, str]:
     from vllm_reattention.__main__ import main
 
     said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = main([str(word) for word in words])
     return status, said.getvalue()
 
@@ -519,7 +542,7 @@ def _cache_bytes(worker) -> float:
 
 def ailing(environment: dict[str, str] | None = None, **names: object) -> tuple[int, str]:
     """What the doctor says where names of our package, with __ for dots, are something else."""
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, environment or {}))
         for name, value in names.items():
             target = "vllm_reattention." + name.replace("__", ".")

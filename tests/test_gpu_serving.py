@@ -80,6 +80,11 @@ def said(answers: list[engines.Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
+def last_blocks(length: int) -> range:
+    last = (length - 1) // 32
+    return range((last - 3) * 32, length, 32)
+
+
 def assert_selected(counters: dict[str, list[float]], times: int = 1) -> None:
     """Every worker has counted what was asked so many times."""
     selected = counters["reattention_rows_selected"]
@@ -103,6 +108,8 @@ def test_graphs_of_either_model_runner_decode(version, module):
     )
     assert told.runner == module
     assert told.graphs == "FULL_AND_PIECEWISE"
+    ends = {(start, min(32, n - start)) for n, _ in PLACES for start in last_blocks(n)}
+    assert told.tails == ends
     assert said(told.answers[0]) == ANSWERS and said(told.answers[1]) == ANSWERS[-1:]
     together, single = (told.steps["FULL", tokens, size] for tokens, size in ((6, 8), (1, 1)))
     assert (together, single) == (TOKENS - 1, TOKENS - 1), told.steps

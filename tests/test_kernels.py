@@ -13,6 +13,7 @@ from csrc_triton import attend, kernels, layout, reference, refine
 from csrc_triton.layout import KEPT, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 from tests.cases import Case
 from vllm_reattention import attention, mass
+from vllm_reattention import tiles as tiles_module
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -544,6 +545,33 @@ def test_a_selection_serves_other_layers(case, monkeypatch):
     others = torch.zeros_like(recalled)
     attention.reattention(*given, again, recalled=others)
     assert not torch.allclose(again, out, equal_nan=True)
+
+
+@pytest.mark.parametrize("candidates", [8, 0])
+def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
+    """With a single query's candidates, whatever others recalled; for other tiles it does not."""
+    case = Case(contexts=(600, 300), queries=(70, 40))
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    monkeypatch.setattr(attention, "stages", lambda _: reference)
+    query, pages, table, tiles, scope, *rest = inputs.score_args()
+    scope = scope._replace(candidate_blocks=candidates, single_candidates=20)
+    lengths = torch.tensor([600, 350], dtype=torch.int32, device=DEVICE)  # the second goes on
+    monkeypatch.setattr(tiles_module, "TAIL", 32)
+    tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
+    is_tail = tail.of >= 0
+    assert 0 < is_tail.sum() < len(is_tail) - 3
+    given = (query, pages, table, tiles)
+    theirs = torch.full_like(attention.select(*given, scope, *rest), 3)
+    out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
+    recalled = attention.reattention(*given, scope, *rest, out, recalled=theirs, tail=tail)
+    wide = scope._replace(candidate_blocks=20 if candidates else 0)
+    own = attention.select(*given, wide, *rest)
+    assert torch.equal(recalled[is_tail], own[is_tail])
+    assert (recalled[~is_tail] == 3).all()
+    assert not (own[is_tail] == 3).all()
+    reference.attend(*given, recalled, scope, *rest, other)
+    torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_some_queries_of_a_tile_select_for_all(monkeypatch):

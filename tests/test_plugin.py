@@ -20,7 +20,7 @@ from csrc_triton.layout import Scope, rotation_table
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.rope import Refused, Rope, read_table
-from vllm_reattention.tiles import DecodeTiles, prefill_tiles
+from vllm_reattention.tiles import DecodeTiles, ends_here, find_tail, prefill_tiles
 
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
@@ -390,6 +390,41 @@ def test_prefill_tiles_cover_each_query_once():
     last = tiles.position + tiles.length - 1
     used = tiles.length > 0
     assert torch.equal((tiles.position // 32)[used], (last // 32)[used])
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
+    """The blocks of its last 128 tokens, or what of these there is, and no token behind it."""
+    prompts = [1000, 1024, 1025, 40, 300, 700]
+    done, found = [0] * len(prompts), [[] for _ in prompts]
+    for new in ([1000, 1000, 100, 40, 30, 700], [0, 24, 925, 0, 270, 50]):
+        starts, lengths = requests((5, 1), *zip(done, new, strict=True))
+        tiles = prefill_tiles(starts, starts, lengths, 1, block_size)
+        prompt_lens = torch.tensor([5, *prompts], dtype=torch.int32)
+        tail = find_tail(tiles, 1, prompt_lens, block_size)
+        assert ends_here(prompt_lens[1:], lengths[1:], block_size)
+        of_all = {row[0]: (int(tail.of[i]), row) for i, row in enumerate(columns(tiles)) if row[2]}
+        told = [row for row in columns(tail.tiles) if row[2]]
+        assert sorted(told) == sorted(row for place, row in of_all.values() if place >= 0)
+        for place, row in of_all.values():
+            assert place < 0 or columns(tail.tiles)[place] == row
+        for _, request, length, position in told:
+            found[request - 1] += range(position, position + length)
+        done = [a + b for a, b in zip(done, new, strict=True)]
+    for prompt, positions in zip(prompts, found, strict=True):
+        first = ((prompt - 1) // block_size + 1) * block_size - max(128, block_size)
+        assert sorted(positions) == list(range(max(first, 0), prompt))
+
+
+def test_a_step_amid_a_prompt_has_no_tail():
+    assert not ends_here(torch.tensor([4000, 0]), torch.tensor([3872, 0]), 32)
+    assert ends_here(torch.tensor([4000, 0]), torch.tensor([3873, 0]), 32)
+
+
+def columns(tiles) -> list[tuple[int, int, int, int]]:
+    """Row, request, length and position of each."""
+    request, row, length, position = (column.tolist() for column in tiles[:4])
+    return list(zip(row, request, length, position, strict=True))
 
 
 @pytest.mark.parametrize("most", [1, 3])

@@ -266,6 +266,22 @@ SEAMS = [
     Seam(BACKEND, "CommonAttentionMetadata", "metadata.ReAttentionMetadataBuilder",
          has="query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound max_seq_len "
              "block_table_tensor is_prefilling"),
+    Seam("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._build_attention_metadata",
+         "compat.tell_prompt_lengths: a row is a request of this batch, first to last",
+         says="self.input_batch.num_prompt_tokens_cpu_tensor[:num_reqs_padded]"),
+    Seam("vllm.v1.worker.gpu_input_batch", "InputBatch.__init__", "compat.tell_prompt_lengths",
+         says="self.num_prompt_tokens_cpu_tensor = torch.zeros("),
+    Seam("vllm.v1.worker.gpu.model_states.default", "DefaultModelState.prepare_attn",
+         "compat.tell_prompt_lengths",
+         takes="self input_batch cudagraph_mode block_tables slot_mappings attn_groups "
+               "kv_cache_config for_capture ubatch_idx model_specific_attn_metadata", first=2,
+         says="is_prefilling=torch.from_numpy(input_batch.is_prefilling_np)"),
+    Seam("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState.prepare_attn",
+         "compat.tell_prompt_lengths",
+         takes="self input_batch cudagraph_mode block_tables slot_mappings attn_groups "
+               "kv_cache_config for_capture ubatch_idx model_specific_attn_metadata", first=2),
+    Seam("vllm.v1.worker.gpu.input_batch", "InputBatch", "compat.tell_prompt_lengths",
+         has="prefill_len_np is_prefilling_np"),
     Seam(BACKEND, "AttentionMetadataBuilder", "metadata.ReAttentionMetadataBuilder",
          has="_cudagraph_support reorder_batch_threshold kv_cache_spec"),
     Seam(BACKEND, "AttentionMetadataBuilder._init_reorder_batch_threshold",

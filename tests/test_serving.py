@@ -79,6 +79,16 @@ def test_chunks_do_not_matter(folder, engine):
     assert counts[0][0] > 700
 
 
+def test_every_layer_selects_for_the_end_of_a_prompt(folder, engine):
+    """Of the prompt, not of a chunk, as its last 128 tokens' blocks."""
+    model = make("llama", folder)
+    for chunk in (64, 160, 2048):
+        run = engine(
+            engines.generate_and_tails, model, [LONG], max_num_batched_tokens=chunk, **SMALL
+        )
+        assert run[1] == {(992, 32), (1024, 32), (1056, 32), (1088, 12)}, chunk
+
+
 def test_speculation_does_not_matter(folder):
     """Some guesses are right: the prompts repeat themselves, and within the dense limit the draft
     is the model. The draft runs on vLLM's own backend, and so within the trained window alone.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles, nothing_kept
+from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tail, Tiles, nothing_kept
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -92,6 +92,7 @@ def reattention(
     recalled: Tensor | None = None,
     add_up: Callable[[Tensor], Tensor] | None = None,
     memory: Memory | None = None,
+    tail: Tail | None = None,
 ) -> Tensor:
     """Attention of every tile over its own scope (ReAttention, arXiv 2407.15176).
 
@@ -101,27 +102,40 @@ def reattention(
     scale        of the logits, 1/sqrt(head_size) as a rule
     out          [num_tokens, num_heads, head_size]; rows of no tile are left alone
     recalled     what another layer recalled for these tiles, instead of a selection
+    tail         those of the tiles that get a selection of this layer in any case
     add_up       as `select` takes it; so is memory
     returns      what was attended to: [num_tiles, num_kv_heads or 1, recall_blocks]
     """
     stage = stages(query.device)
-    num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
-    if recalled is None:
-        recalled = block_table.new_empty((num_tiles, 1, 0))
-        if max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window:
-            num_kv_heads = pages.key.shape[1]
-            run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope)
-            given = (scope, rotary, scale, soft_cap, add_up)
-            found = []
-            for start in range(0, num_tiles, run):
-                part = tiles.part(start, start + run)
-                known = memory and memory.part(start, start + run)
-                found.append(select(query, pages, block_table, part, *given, known))
-            recalled = found[0] if len(found) == 1 else torch.cat(found)
+    max_blocks, num_kv_heads = block_table.shape[1], pages.key.shape[1]
+    can_select = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
+
+    def select_in_runs(tiles: Tiles, scope: Scope, memory: Memory | None) -> Tensor:
+        run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope)
+        given = (scope, rotary, scale, soft_cap, add_up)
+        found = []
+        for start in range(0, tiles.row.shape[0], run):
+            part = tiles.part(start, start + run)
+            known = memory and memory.part(start, start + run)
+            found.append(select(query, pages, block_table, part, *given, known))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    if not can_select:
+        recalled = block_table.new_empty((tiles.row.shape[0], 1, 0))
+    elif recalled is None:
+        recalled = select_in_runs(tiles, scope, memory)
+    if can_select and tail is not None:
+        recalled = with_tail(recalled, tail, select_in_runs(tail.tiles, scope.for_tail(), None))
     stage.attend(
         query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks
     )
     return recalled
+
+
+def with_tail(recalled: Tensor, tail: Tail, own: Tensor) -> Tensor:
+    """What was recalled for all tiles, but for those of the tail what was for these."""
+    is_tail = (tail.of >= 0)[:, None, None]
+    return torch.where(is_tail, own[tail.of.clamp(min=0)], recalled)
 
 
 def warm_up(
@@ -162,7 +176,8 @@ def warm_up(
                     found = stage.recollect(kept, table, tiles, nobody, 0.0, block_size)
                     memory = Memory(found, 1.0, max_length == 1)
                 given = (scope, rotary, scale, out, soft_cap, sinks)
-                reattention(query, pages, table, tiles, *given, memory=memory)
+                tail = Tail(tiles, nothing.long() - 1) if max_length > 1 else None
+                reattention(query, pages, table, tiles, *given, memory=memory, tail=tail)
                 if memory is not None:
                     stage.keep(kept, memory.found, table, tiles, block_size)
 

@@ -263,6 +263,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
                 None if self.selects else recalled.get(index),
                 self.add_up,
                 attn_metadata.memory(index) if selects else None,
+                attn_metadata.tail if tiles.max_length > 1 else None,
             )
             if selects:
                 recalled[index] = found

@@ -20,6 +20,7 @@ BLOCK_SIZES = (32, 64, 128)  # of the kernels; the first unless --block-size say
 
 logger = logging.getLogger("vllm.reattention")
 _chosen: ContextVar[bool] = ContextVar("reattention_chosen", default=False)
+_prompt_lengths: ContextVar[torch.Tensor | None] = ContextVar("prompt_lengths", default=None)
 
 
 @functools.cache
@@ -177,6 +178,42 @@ def _refuse_companions(arguments) -> None:
             "the KV connector must move whole pages, LMCacheConnectorV1 moves keys and values and "
             "would leave out their summaries; use OffloadingConnector or NixlConnector"
         )
+
+
+@functools.cache
+def tell_prompt_lengths() -> None:
+    """Have both model runners tell our builders how long prompts are, not only that they are."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def wrap(owner: type, name: str, lengths: Callable[..., torch.Tensor]) -> None:
+        build = getattr(owner, name)
+
+        @functools.wraps(build)
+        def told(self, *args, **kwargs):
+            token = _prompt_lengths.set(lengths(self, *args, **kwargs))
+            try:
+                return build(self, *args, **kwargs)
+            finally:
+                _prompt_lengths.reset(token)
+
+        setattr(owner, name, told)
+
+    def of_runner(runner, *args, **kwargs) -> torch.Tensor:
+        return runner.input_batch.num_prompt_tokens_cpu_tensor
+
+    def of_batch(state, input_batch, *args, **kwargs) -> torch.Tensor:
+        return torch.from_numpy(input_batch.prefill_len_np)
+
+    wrap(GPUModelRunner, "_build_attention_metadata", of_runner)
+    wrap(DefaultModelState, "prepare_attn", of_batch)
+    wrap(MambaHybridModelState, "prepare_attn", of_batch)
+
+
+def prompt_lengths() -> torch.Tensor | None:
+    """[num_requests or more] of the step whose metadata is built, on the host; None: no such."""
+    return _prompt_lengths.get()
 
 
 def on_cpu() -> bool:

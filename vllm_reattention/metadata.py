@@ -20,13 +20,20 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
-from csrc_triton.layout import Memory, Scope, Tiles
+from csrc_triton.layout import Memory, Scope, Tail, Tiles
 from vllm_reattention import compat
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.mass import MassSamples
 from vllm_reattention.memory import Memories
 from vllm_reattention.metrics import SHARES, Counts
-from vllm_reattention.tiles import DecodeTiles, FreshPrompts, fresh_prompts, prefill_tiles
+from vllm_reattention.tiles import (
+    DecodeTiles,
+    FreshPrompts,
+    ends_here,
+    find_tail,
+    fresh_prompts,
+    prefill_tiles,
+)
 
 logger = init_logger("vllm.reattention")
 
@@ -39,6 +46,7 @@ class ReAttentionMetadata:
     fresh: FreshPrompts | None  # instead of prefill tiles
     memories: Memories | None
     is_generated: Tensor  # [num_decode_tokens] bool
+    tail: Tail | None  # of the prefill tiles
     # By index of `tiles`: what the last layer that selects recalled, for those behind it.
     recalled: dict[int, Tensor] = field(default_factory=dict)
     found: dict[int, Memory] = field(default_factory=dict)  # so far
@@ -81,6 +89,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         device: torch.device,
     ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        compat.tell_prompt_lengths()
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.block_size = kv_cache_spec.block_size
         config = ReAttentionConfig.read(vllm_config.additional_config)
@@ -191,7 +200,24 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         table = step.block_table_tensor[:, :max_blocks]
         memories = self._memories() if max_blocks > self.scope.dense_blocks else None
         flags = self.is_generated[:num_decode_tokens]
-        return ReAttentionMetadata(self.scope, tiles, table, fresh, memories, flags)
+        tail = None
+        if num_prefills and fresh is None and max_blocks > self.scope.dense_blocks:
+            tail = self._tail(step, tiles[-1], num_decodes)
+        return ReAttentionMetadata(self.scope, tiles, table, fresh, memories, flags, tail)
+
+    def _tail(self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int) -> Tail | None:
+        told, seq_lens = compat.prompt_lengths(), step.seq_lens_cpu_upper_bound
+        if told is None:  # a dummy's
+            return None
+        # a copy: the runner may write the next step's before the device has read this one's
+        prompt_lens = torch.zeros(len(step.seq_lens), dtype=torch.int32)
+        prompt_lens[: len(told)] = told[: len(prompt_lens)]
+        if seq_lens is not None:
+            ends = prompt_lens[num_decodes:], seq_lens[num_decodes:]
+            if not ends_here(*ends, self.block_size):
+                return None
+        prompt_lens = prompt_lens.to(tiles.row.device, non_blocking=True)
+        return find_tail(tiles, num_decodes, prompt_lens, self.block_size)
 
     def _memories(self) -> Memories | None:
         """Made once there are pages, and outside of graphs, which would clear it in each replay."""

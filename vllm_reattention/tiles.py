@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import Tiles
+from csrc_triton.layout import Tail, Tiles
+
+TAIL = 128  # tokens of a prompt, its last, in whose tiles every layer selects; docs/fidelity.md
 
 
 class DecodeTiles:
@@ -72,6 +74,44 @@ def prefill_tiles(
     length = (torch.minimum(seq_len, (block + 1) * block_size) - position).clamp_(min=0)
     row = starts[request] + position - context
     return Tiles(request + first_request, row, length, position, max_length=block_size)
+
+
+def ends_here(prompt_lens: Tensor, seq_lens: Tensor, block_size: int) -> bool:
+    """Whether any of these prompts may have its tail, or a part of it, in this step.
+
+    prompt_lens, seq_lens  [num_requests] on the host, the latter with the step's tokens
+    """
+    first = (prompt_lens - 1) // block_size - tail_tiles(block_size) + 1
+    return bool((seq_lens > first.clamp(min=0) * block_size).any())
+
+
+def tail_tiles(block_size: int) -> int:
+    return max(1, TAIL // block_size)
+
+
+def find_tail(tiles: Tiles, first_request: int, prompt_lens: Tensor, block_size: int) -> Tail:
+    """Those of prefill tiles that lie at the end of their prompt, wherever steps cut it.
+
+    tiles        of requests from first_request on
+    prompt_lens  [num_requests] int32, on the tiles' device
+    """
+    count, device = tail_tiles(block_size), tiles.row.device
+    places = (len(prompt_lens) - first_request) * count
+    last = (prompt_lens - 1) // block_size
+    back = last[tiles.request] - tiles.position // block_size
+    is_last = (tiles.length > 0) & (tiles.position < prompt_lens[tiles.request]) & (back < count)
+    place = (tiles.request - first_request) * count + back
+    place = torch.where(is_last, place, places).long()  # one more, for all the others
+    index = torch.arange(len(place), device=device)
+    tile = index.new_zeros(places + 1).scatter_(0, place, index)[:places]
+    is_there = is_last.new_zeros(places + 1).scatter_(0, place, is_last)[:places]
+    of_tail = tiles._replace(
+        request=tiles.request[tile],
+        row=tiles.row[tile],
+        length=tiles.length[tile].masked_fill(~is_there, 0),
+        position=tiles.position[tile],
+    )
+    return Tail(of_tail, place.masked_fill(~is_last, -1))
 
 
 class FreshPrompts(NamedTuple):
