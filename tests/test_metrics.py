@@ -14,7 +14,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_reattention import metrics
+from vllm_reattention import metrics, times
 
 BLOCK, DENSE, RECALLED = 32, 128, 5
 
@@ -97,6 +97,40 @@ def test_shares_add_up_over_workers_started_anew(folder):
     buckets = read("recalled_share_bucket")
     assert [buckets[(*labels, edge)] for edge in ("0.4", "0.5", "1.0", "+Inf")] == [0, 3, 5, 5]
     assert read("recalled_share_sum") == {labels: 2.5}
+
+
+def test_times_add_up_over_workers_started_anew(folder):
+    for seconds in ({"attend": 2.0}, {"attend": 1.0, "score_blocks": 0.5}):
+        metrics.Counts("m", 0, 0).add_times(seconds, 100)
+    told = {labels[-1]: value for labels, value in read("stage_seconds_total").items()}
+    assert told == {"score_blocks": 0.5, "recall_blocks": 0, "refine_scores": 0, "attend": 3}
+    assert read("timed_tokens_total") == {("m", "0", "0"): 200}
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_stages_are_timed_without_waiting(device, monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr(times.time, "monotonic", lambda: now[0])
+    stages = SimpleNamespace(**{name: lambda x, y=1: x * y for name in times.STAGES})
+    timer = times.StageTimes(device)
+    assert timer.is_due
+    timer.begin(64)
+    timed, matrix = timer.around(stages), torch.ones(2000, 2000, device=device)
+    assert timed.attend(matrix, y=matrix).shape == (2000, 2000) and timed.attend(3) == 3
+    assert timed.recall_blocks(matrix).shape == (2000, 2000)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    now[0] = 2 * times.SECONDS
+    assert not timer.is_due  # what was sampled was not collected yet
+    timer.collect(lambda *sample: told.append(sample))
+    timer.collect(None)  # which it need not call again
+    ((seconds, tokens),) = told
+    assert tokens == 64 and set(seconds) == {"attend", "recall_blocks"}
+    assert 0 < seconds["recall_blocks"] < 60 and 0 < seconds["attend"] < 60
+    assert timer.is_due
+    timer.begin(1)
+    now[0] += times.SECONDS / 2
+    assert not timer.is_due
 
 
 def test_one_server_and_several_tell_the_same(folder, monkeypatch):

@@ -25,8 +25,8 @@ from vllm_reattention.tiles import DecodeTiles, ends_here, find_tail, prefill_ti
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
 ORDER = [
-    *("config", "metrics", "mass", "attention", "memory", "pages", "tiles", "compat", "rope"),
-    *("proof", "metadata", "backend", "layers", "plan", "doctor", "__main__"),
+    *("config", "times", "metrics", "mass", "attention", "memory", "pages", "tiles", "compat"),
+    *("rope", "proof", "metadata", "backend", "layers", "plan", "doctor", "__main__"),
 ]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
 

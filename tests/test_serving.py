@@ -266,6 +266,10 @@ def test_serve(folder):
     # Each of the two layers shows the two heads of a group in the first step that selects
     assert told("recalled_share_count") >= 4
     assert 0.1 < told("recalled_share_sum") / told("recalled_share_count") <= 1
+    # So do its stages tell their times, of the chunk of 64 tokens that this is
+    assert told("timed_tokens_total") >= 64
+    for stage in ("score_blocks", "recall_blocks", "refine_scores", "attend"):
+        assert 0 < told("stage_seconds_total", stage=stage) < 60
     dashboard = (Path(__file__).parent.parent / "docs" / "grafana.json").read_text()
     assert set(re.findall(r"vllm:\w+", dashboard)) <= {sample.name for sample in samples}
     up_to = {128: 128, 512: 512, 1024: 1024, 2048: 1107}

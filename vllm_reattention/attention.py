@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,13 +54,15 @@ def select(
     soft_cap: float = 0.0,
     add_up: Callable[[Tensor], Tensor] | None = None,
     memory: Memory | None = None,
+    stage: Any = None,
 ) -> Tensor:
     """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recall_blocks] int32, ascending.
 
     One row for all KV heads if they recall the same (Scope.per_layer); `add_up` then sums scores
     over the processes that have a share of the heads each, and `memory` takes up what was found.
+    `stage` has the stages to call instead of this device's.
     """
-    stage = stages(query.device)
+    stage = stage or stages(query.device)
     tiles = selecting(tiles)
     score, extent = stage.score_blocks(query, pages, block_table, tiles, scope, rotary, scale)
 
@@ -93,6 +96,7 @@ def reattention(
     add_up: Callable[[Tensor], Tensor] | None = None,
     memory: Memory | None = None,
     tail: Tail | None = None,
+    stage: Any = None,
 ) -> Tensor:
     """Attention of every tile over its own scope (ReAttention, arXiv 2407.15176).
 
@@ -103,10 +107,10 @@ def reattention(
     out          [num_tokens, num_heads, head_size]; rows of no tile are left alone
     recalled     what another layer recalled for these tiles, instead of a selection
     tail         those of the tiles that get a selection of this layer in any case
-    add_up       as `select` takes it; so is memory
+    add_up       as `select` takes it; so are memory and stage
     returns      what was attended to: [num_tiles, num_kv_heads or 1, recall_blocks]
     """
-    stage = stages(query.device)
+    stage = stage or stages(query.device)
     max_blocks, num_kv_heads = block_table.shape[1], pages.key.shape[1]
     can_select = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
 
@@ -117,7 +121,7 @@ def reattention(
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             known = memory and memory.part(start, start + run)
-            found.append(select(query, pages, block_table, part, *given, known))
+            found.append(select(query, pages, block_table, part, *given, known, stage))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     if not can_select:

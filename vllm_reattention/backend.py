@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -246,6 +246,9 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if attn_metadata.fresh is not None:
             self._attend_fresh(query, key, value, attn_metadata.fresh, output)
         recalled, table = attn_metadata.recalled, attn_metadata.block_table
+        stage: Any = stages(query.device)
+        if attn_metadata.times is not None:
+            stage = attn_metadata.times.around(stage)
         for index, tiles in enumerate(attn_metadata.tiles):
             selects = self.selects and not self.window
             found = reattention(
@@ -264,6 +267,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
                 self.add_up,
                 attn_metadata.memory(index) if selects else None,
                 attn_metadata.tail if tiles.max_length > 1 else None,
+                stage,
             )
             if selects:
                 recalled[index] = found

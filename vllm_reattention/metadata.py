@@ -34,6 +34,7 @@ from vllm_reattention.tiles import (
     fresh_prompts,
     prefill_tiles,
 )
+from vllm_reattention.times import StageTimes
 
 logger = init_logger("vllm.reattention")
 
@@ -51,6 +52,7 @@ class ReAttentionMetadata:
     recalled: dict[int, Tensor] = field(default_factory=dict)
     found: dict[int, Memory] = field(default_factory=dict)  # so far
     watch: Callable[..., None] | None = None  # shown what a layer recalled
+    times: StageTimes | None = None  # takes the times of this step's stages
 
     def memory(self, index: int) -> Memory | None:
         """Of the tiles of this index, for a layer that selects."""
@@ -126,7 +128,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 vllm_config.parallel_config.data_parallel_index,
                 vllm_config.parallel_config.rank,
             )
-            self.masses = MassSamples(SHARES, device)
+            self.masses, self.times = MassSamples(SHARES, device), StageTimes(device)
 
     def _introduce(self, scorer: str, trained_window: int, selects: str, forgets: bool) -> None:
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
@@ -156,10 +158,15 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         metadata = self._build(common_attn_metadata)
         if self.counts is not None:
             self.masses.collect(self.counts.add_shares)
+            self.times.collect(self.counts.add_times)
             selected = self._count(self.counts, common_attn_metadata)
             # Not of single tokens alone: a CUDA graph replays what it captured, unwatched.
-            if selected and self.masses.is_due and metadata.tiles[-1].max_length > 1:
-                metadata.watch = self.masses.add
+            if selected and metadata.tiles[-1].max_length > 1:
+                if self.masses.is_due:
+                    metadata.watch = self.masses.add
+                if self.times.is_due:
+                    self.times.begin(common_attn_metadata.num_actual_tokens)
+                    metadata.times = self.times
         return metadata
 
     def build_for_cudagraph_capture(

@@ -23,6 +23,8 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from vllm_reattention.times import STAGES
+
 DIRECTORY = "REATTENTION_METRICS_DIR"  # made by us: not a setting
 EDGES = 2 ** np.arange(7, 23)  # of a histogram, in tokens: 128 to 4M
 SHARES = [n / 10 for n in range(1, 11)]  # of another
@@ -42,12 +44,15 @@ RECORD = np.dtype(
         ("shares_up_to", np.int64, len(SHARES)),  # so much or less of the softmax
         ("shares", np.int64),
         ("shares_sum", np.float64),
+        ("timed_tokens", np.int64),
+        ("stage_seconds", np.float64, len(STAGES)),
     ]
 )
 COUNTERS = {
     "rows_selected": "Query tokens that attended to a scope chosen for them.",
     "rows_dense": "Query tokens that attended to everything before them.",
     "blocks_recalled": "Blocks recalled for a KV head of a layer, one set per tile of queries.",
+    "timed_tokens": "Query tokens of the steps whose stages were timed.",
 }
 CONTEXT = "Query tokens by the keys before them, themselves included."
 SHARE = (
@@ -55,6 +60,7 @@ SHARE = (
     "positions over all blocks between global and local, for one query and KV head of each layer "
     "that selects."
 )
+STAGE_SECONDS = "Time on the device of a stage in all layers, in the steps that were timed."
 LABELS = ("model_name", "engine", "worker")
 
 logger = logging.getLogger("vllm.reattention")
@@ -115,6 +121,12 @@ class Counts:
         record["shares"] += int(number)
         record["shares_sum"] += total
 
+    def add_times(self, seconds: dict[str, float], tokens: int) -> None:
+        """A timed step, by stage, and its query tokens."""
+        record = self.record[0]
+        record["timed_tokens"] += tokens
+        record["stage_seconds"] += [seconds.get(stage, 0.0) for stage in STAGES]
+
     def _tell(self) -> None:
         """A line in the log a minute at most, from one worker of each engine."""
         seconds = time.monotonic() - self.told_at
@@ -152,7 +164,13 @@ class Collector:
             yield counter
         context = HistogramMetricFamily("vllm:reattention_context_tokens", CONTEXT, labels=LABELS)
         share = HistogramMetricFamily("vllm:reattention_recalled_share", SHARE, labels=LABELS)
+        labelled = (*LABELS, "stage")
+        seconds = CounterMetricFamily(
+            "vllm:reattention_stage_seconds", STAGE_SECONDS, labels=labelled
+        )
         for labels, record in records.items():
+            for stage, value in zip(STAGES, record["stage_seconds"], strict=True):
+                seconds.add_metric((*labels, stage), float(value))
             rows = record["rows_selected"] + record["rows_dense"]
             buckets = _buckets(EDGES, record["context_up_to"], rows)
             context.add_metric(labels, buckets, int(record["context_sum"]))
@@ -160,6 +178,7 @@ class Collector:
             share.add_metric(labels, buckets, float(record["shares_sum"]))
         yield context
         yield share
+        yield seconds
 
 
 def _buckets(edges: Iterable[float], up_to: np.ndarray, total: np.ndarray) -> list[tuple[str, int]]:
