@@ -16,13 +16,25 @@ COLUMNS += ["gpu", "torch", "triton", "vllm", "commit"]
 TABLE = harness.RESULTS / "logprobs.csv"
 TOP = 10  # log probabilities told for a place, the most likely tokens
 
-# What is changed in the engine, and what it is called each time it is asked. Asked again without a
-# change, an engine shows how much of a difference is its batching.
+
+class Variant(NamedTuple):
+    """What is changed in the engine, and what it is called each time it is asked. Asked again
+    without a change, an engine shows how much of a difference is its batching.
+    """
+
+    changed: dict[str, Any]
+    names: tuple[str, ...]
+    before: float = (
+        0.0  # of each prompt so much is asked first, as a prompt that the whole continues
+    )
+
+
 VARIANTS = [
-    ({"enable_prefix_caching": False}, ("graphs", "graphs again")),
-    ({"enable_prefix_caching": False, "enforce_eager": True}, ("eager",)),
-    ({"enable_prefix_caching": False, "max_num_batched_tokens": 512}, ("chunk 512",)),
-    ({"enable_prefix_caching": True}, ("prefix cache", "prefix cache again")),
+    Variant({"enable_prefix_caching": False}, ("graphs", "graphs again")),
+    Variant({"enable_prefix_caching": False, "enforce_eager": True}, ("eager",)),
+    Variant({"enable_prefix_caching": False, "max_num_batched_tokens": 512}, ("chunk 512",)),
+    Variant({"enable_prefix_caching": True}, ("prefix cache", "prefix cache again")),
+    Variant({"enable_prefix_caching": True}, ("continued",), before=0.7),
 ]
 
 
@@ -42,25 +54,29 @@ def answers_of_variants(
     if chosen.get("kv_cache_memory_bytes"):
         with ThreadPoolExecutor(len(VARIANTS)) as threads:
             running = [
-                (names, threads.submit(engines.apart, ask, chosen | changed, prompts, len(names)))
-                for changed, names in VARIANTS
+                (variant, threads.submit(engines.apart, ask, chosen, prompts, variant))
+                for variant in VARIANTS
             ]
-            for names, answers in running:
-                yield from zip(names, answers.result(), strict=True)
+            for variant, answers in running:
+                yield from zip(variant.names, answers.result(), strict=True)
         return
-    for changed, names in engines.in_time(VARIANTS, lambda _: 1, deadline):
-        yield from zip(
-            names, engines.apart(ask, chosen | changed, prompts, len(names)), strict=True
-        )
+    for variant in engines.in_time(VARIANTS, lambda _: 1, deadline):
+        answers = engines.apart(ask, chosen, prompts, variant)
+        yield from zip(variant.names, answers, strict=True)
 
 
-def ask(chosen: dict[str, Any], prompts: list[Prompt], times: int) -> list[list[Answer]]:
-    """One engine's answers to all prompts, asked so many times."""
+def ask(chosen: dict[str, Any], prompts: list[Prompt], variant: Variant) -> list[list[Answer]]:
+    """A variant's answers to all prompts, each time it is asked."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=ANSWER_LEN, logprobs=TOP)
-    with engines.engine(**chosen) as llm:
-        rounds = [llm.generate(as_tokens(prompts), greedy, use_tqdm=False) for _ in range(times)]
+    with engines.engine(**chosen | variant.changed) as llm:
+        if variant.before:
+            parts = [
+                p._replace(tokens=p.tokens[: int(len(p.tokens) * variant.before)]) for p in prompts
+            ]
+            llm.generate(as_tokens(parts), SamplingParams(max_tokens=1), use_tqdm=False)
+        rounds = [llm.generate(as_tokens(prompts), greedy, use_tqdm=False) for _ in variant.names]
     return [[_answer(out) for out in outs] for outs in rounds]
 
 

@@ -175,6 +175,35 @@ def tails() -> Iterator[set[tuple[int, int]]]:
         yield found
 
 
+def prompt_lengths_told() -> tuple[list, list, None]:
+    """To builders that either model runner calls, and after that."""
+    from types import SimpleNamespace
+
+    import numpy as np
+    import torch
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_reattention import compat
+
+    def build(*args, **kwargs):
+        return compat.prompt_lengths().tolist()
+
+    lengths = [[5, 7], [9, 4]]
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(num_prompt_tokens_cpu_tensor=torch.tensor(lengths[0]))
+    )
+    batch = SimpleNamespace(prefill_len_np=np.array(lengths[1]))
+    with (
+        mock.patch.object(GPUModelRunner, "_build_attention_metadata", build),
+        mock.patch.object(DefaultModelState, "prepare_attn", build),
+    ):
+        compat.tell_prompt_lengths.__wrapped__()
+        first = GPUModelRunner._build_attention_metadata(runner, 12, num_reqs=2)
+        second = DefaultModelState.prepare_attn(None, batch, None, for_capture=False)
+    return first, second, compat.prompt_lengths()
+
+
 def generate_and_tails(*args, **options) -> tuple[list[list[list[int]]], set[tuple[int, int]]]:
     with tails() as found:
         return generate(*args, **options)[0], found

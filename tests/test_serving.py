@@ -89,6 +89,12 @@ def test_every_layer_selects_for_the_end_of_a_prompt(folder, engine):
         assert run[1] == {(992, 32), (1024, 32), (1056, 32), (1088, 12)}, chunk
 
 
+def test_both_model_runners_tell_how_long_prompts_are():
+    with engines.workers() as pool:
+        told = pool.submit(engines.prompt_lengths_told).result(120)
+    assert told == ([5, 7], [9, 4], None)
+
+
 def test_speculation_does_not_matter(folder):
     """Some guesses are right: the prompts repeat themselves, and within the dense limit the draft
     is the model. The draft runs on vLLM's own backend, and so within the trained window alone.
