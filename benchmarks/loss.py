@@ -7,7 +7,8 @@ tokens are scored, the last --scored of each text, so that only what stands befo
 length counts one token more than the text, which vLLM generates.
 
 In the phase `prefill` the scored tokens are part of the prompt: queries of one block select
-together, so a token's selection has seen up to 31 later ones. In the phase `decode` the prompt ends
+together, so a token's selection has seen up to 31 later ones, and for the last 128 tokens every
+layer selects, as for questions. In the phase `decode` the prompt ends
 before them and each is fed alone, as if the model had written it: a tile of one query, which
 nothing can flatter.
 """
