@@ -80,6 +80,8 @@ class Layer(NamedTuple):
 class Study:
     """A model with ReAttention by a rule, over one request that grows."""
 
+    highest = False  # while tiles of a prompt's end select
+
     def __init__(self, model: str, device: str, dtype: torch.dtype):
         from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -228,11 +230,11 @@ class Study:
         return find_tail(tiles, 0, prompt_len, BLOCK_SIZE)
 
     def _select_for_tail(self, query: Tensor, layer: Layer, tiles: Tiles, scale: float) -> Tensor:
-        scope, self.scope = self.scope, self.scope.for_tail()
+        scope, self.scope, self.highest = self.scope, self.scope.for_tail(), True
         try:
             return self._select(query, layer, tiles, scale, None)
         finally:
-            self.scope = scope
+            self.scope, self.highest = scope, False
 
     def _select_for_all(
         self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
@@ -273,7 +275,7 @@ class Study:
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
         if self.rule in (*ASKED, "mean"):
             given = (query, *common, scope, rotary, scale)
-            recalled = attention.select(*given, memory=memory)
+            recalled = attention.select(*given, memory=memory, highest=self.highest)
             return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
         score, extent = stage.score_blocks(query, *common, scope, rotary, scale)
         column = torch.arange(score.shape[-1], device=score.device)
@@ -283,7 +285,8 @@ class Study:
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
-        refined = stage.refine_scores(query, *common, candidates, scope, rotary, scale)
+        given = (candidates, scope, rotary, scale)
+        refined = stage.refine_scores(query, *common, *given, highest=self.highest)
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
         score = self._changed(score, can)
         score = torch.where(of_each >= 0, score.gather(-1, named), -1.0)

@@ -265,6 +265,7 @@ def refine_scores(
     rotary: Rotary,
     scale: float,
     soft_cap: float = 0.0,
+    highest: bool = False,
 ) -> Tensor:
     """The candidates' shares of the position-free softmax, from keys instead of summaries.
 
@@ -273,6 +274,7 @@ def refine_scores(
     between them.
 
     candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
+    highest     of a tile's rows, instead of the sum over them
     returns     [num_tiles, num_kv_heads, n] fp32; -1 where there is no candidate
     """
     num_kv_heads, block_size = pages.key.shape[1:3]
@@ -302,7 +304,8 @@ def refine_scores(
         is_candidate = (probes[:, None] == wanted[:, None, :]).any(-1)
         stands_for[:, count + num_global :] = torch.where(is_candidate, 0.0, float(every))
         total = (mass + stands_for.log().to(mass.dtype)[:, None]).logsumexp(dim=-1, keepdim=True)
-        share = (mass[..., :count] - total).exp().sum(dim=1)
+        shares = (mass[..., :count] - total).exp()
+        share = shares.amax(dim=1) if highest else shares.sum(dim=1)
         score[tile] = torch.where(wanted >= 0, share, -1.0)
     return score
 

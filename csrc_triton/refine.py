@@ -237,11 +237,13 @@ def refine_scores(
     rotary: Rotary,
     scale: float,
     soft_cap: float = 0.0,
+    highest: bool = False,
 ) -> Tensor:
     """The candidates' shares of the position-free softmax, from keys.
 
     query       [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
     candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
+    highest     of a tile's rows, instead of the sum over them
     returns     [num_tiles, num_kv_heads, n] fp32; negative where there is no candidate
     """
     num_kv_heads, block_size, head_size = pages.key.shape[1:]
@@ -253,7 +255,6 @@ def refine_scores(
     at_once, warps, stages = _tile_sizes(rows, head_size)
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     mass = torch.empty((num_tiles, num_kv_heads, max_rows, num_listed), **fp32)
-    score = torch.empty((num_tiles, num_kv_heads, num_candidates), **fp32)
     fixed = {
         "GROUP": group,
         "BLOCK_SIZE": block_size,
@@ -298,6 +299,9 @@ def refine_scores(
         num_warps=warps,
         **fixed,
     )
+    if highest:
+        return _highest_shares(mass, candidates, tiles, scope, block_size)
+    score = torch.empty((num_tiles, num_kv_heads, num_candidates), **fp32)
     _refined_share_kernel[(num_tiles, num_kv_heads)](
         tiles.length,
         tiles.position,
@@ -313,6 +317,41 @@ def refine_scores(
         **fixed,
     )
     return score
+
+
+def _highest_shares(
+    mass: Tensor, candidates: Tensor, tiles: Tiles, scope: Scope, block_size: int
+) -> Tensor:
+    """What _refined_share_kernel does, with the highest share of a row: for few tiles, in torch.
+
+    mass  [num_tiles, num_kv_heads, max_rows, listed] log2, undefined for what is not there;
+          overwritten
+    """
+    count, device = candidates.shape[-1], mass.device
+    first, block = scope.global_blocks, tiles.position // block_size
+    local = (block - scope.local_blocks + 1)[:, None]
+    every = ((local - first + PROBES - 1) // PROBES).clamp(min=1)
+    fixed = torch.arange(first, device=device).expand(len(block), -1)
+    probes = first + torch.arange(PROBES, device=device) * every
+    fixed = torch.cat((fixed, probes), -1)
+    selects = (tiles.length > 0) & (block >= scope.dense_blocks)
+    is_there = torch.cat(
+        (candidates >= 0, (fixed < local)[:, None].expand(-1, candidates.shape[1], -1)), -1
+    )
+    is_there &= selects[:, None, None]
+    is_probed = (candidates - first) % every[:, None] == 0
+    stands_for = torch.ones_like(is_there, dtype=torch.float32)
+    stands_for[..., :count] -= is_probed * every[:, None]
+    stands_for[..., count + first :] = every[:, None]
+    max_rows = mass.shape[2]
+    num_rows = tiles.length * (max_rows // tiles.max_length)
+    is_row = torch.arange(max_rows, device=device) < num_rows[:, None]
+    is_mass = is_there[:, :, None] & is_row[:, None, :, None]
+    mass.masked_fill_(~is_mass, float("-inf"))
+    mass.sub_(mass.amax(-1, keepdim=True)).exp2_().masked_fill_(~is_mass, 0.0)
+    total = (mass * stands_for[:, :, None]).sum(-1, keepdim=True)
+    share = (mass[..., :count] / total).masked_fill(~is_mass[..., :count], 0.0).clamp(max=1.0)
+    return torch.where(is_there[..., :count], share.amax(2), -1.0)
 
 
 def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:

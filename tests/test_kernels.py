@@ -125,10 +125,11 @@ def test_score_blocks(case, dtype):
     torch.testing.assert_close(actual.double(), exact, rtol=0.04, atol=0.01)
 
 
+@pytest.mark.parametrize("highest", [False, True], ids=["sum", "highest"])
 @pytest.mark.parametrize("probes", [layout.PROBES, 3])
 @each_selecting
 @each_dtype
-def test_refine_scores(case, dtype, probes, monkeypatch):
+def test_refine_scores(case, dtype, probes, highest, monkeypatch):
     """With few probes they stand for others, too, and some of them are candidates."""
     for module in (reference, refine):
         monkeypatch.setattr(module, "PROBES", probes)
@@ -139,7 +140,7 @@ def test_refine_scores(case, dtype, probes, monkeypatch):
     candidates = reference.recall_blocks(
         score, scope.candidate_blocks, extent, per_layer=scope.per_layer
     )
-    args = (candidates, *inputs.score_args()[4:], case.soft_cap)
+    args = (candidates, *inputs.score_args()[4:], case.soft_cap, highest)
     with monkeypatch.context() as patch:  # scratch that nobody wrote must not count
         patch.setattr(torch, "empty", lambda size, **how: torch.full(size, float("nan"), **how))
         actual = kernels.refine_scores(*inputs.score_args()[:4], *args)
@@ -566,7 +567,7 @@ def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
     recalled = attention.reattention(*given, scope, *rest, out, recalled=theirs, tail=tail)
     wide = scope._replace(candidate_blocks=20 if candidates else 0)
-    own = attention.select(*given, wide, *rest)
+    own = attention.select(*given, wide, *rest, highest=True)
     assert torch.equal(recalled[is_tail], own[is_tail])
     assert (recalled[~is_tail] == 3).all()
     assert not (own[is_tail] == 3).all()

@@ -55,12 +55,14 @@ def select(
     add_up: Callable[[Tensor], Tensor] | None = None,
     memory: Memory | None = None,
     stage: Any = None,
+    highest: bool = False,
 ) -> Tensor:
     """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recall_blocks] int32, ascending.
 
     One row for all KV heads if they recall the same (Scope.per_layer); `add_up` then sums scores
     over the processes that have a share of the heads each, and `memory` takes up what was found.
-    `stage` has the stages to call instead of this device's.
+    `stage` has the stages to call instead of this device's. `highest`: candidates count by the
+    highest share that any query and head of a KV head gives them, not by the sum of all.
     """
     stage = stage or stages(query.device)
     tiles = selecting(tiles)
@@ -76,7 +78,7 @@ def select(
         return recall(score, scope.recall_blocks, extent, None)
     candidates = recall(score, scope.candidates(tiles.max_length), extent, None)
     refined = stage.refine_scores(
-        query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap
+        query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap, highest
     )
     return recall(refined, scope.recall_blocks, None, candidates)
 
@@ -114,14 +116,17 @@ def reattention(
     max_blocks, num_kv_heads = block_table.shape[1], pages.key.shape[1]
     can_select = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
 
-    def select_in_runs(tiles: Tiles, scope: Scope, memory: Memory | None) -> Tensor:
+    def select_in_runs(
+        tiles: Tiles, scope: Scope, memory: Memory | None, highest: bool = False
+    ) -> Tensor:
         run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope)
+        run = max(4, run // 16 * 4) if highest else run  # torch's operations need copies
         given = (scope, rotary, scale, soft_cap, add_up)
         found = []
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             known = memory and memory.part(start, start + run)
-            found.append(select(query, pages, block_table, part, *given, known, stage))
+            found.append(select(query, pages, block_table, part, *given, known, stage, highest))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     if not can_select:
@@ -129,7 +134,8 @@ def reattention(
     elif recalled is None:
         recalled = select_in_runs(tiles, scope, memory)
     if can_select and tail is not None:
-        recalled = with_tail(recalled, tail, select_in_runs(tail.tiles, scope.for_tail(), None))
+        own = select_in_runs(tail.tiles, scope.for_tail(), None, highest=True)
+        recalled = with_tail(recalled, tail, own)
     stage.attend(
         query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks
     )
