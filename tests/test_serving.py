@@ -38,6 +38,7 @@ SHORT, LONG = [
 ]
 # Small enough to leave blocks out within some hundred tokens
 SIZES = dict(local_size=96, recall_size=64, dense_limit=192)
+WHOLE = dict(max_num_batched_tokens=2048)  # of both prompts of an engine
 SMALL = dict(additional_config={"reattention": SIZES})
 
 
@@ -283,13 +284,14 @@ def test_serve(folder):
 
 
 def test_two_engines_serve(folder, engine):
-    """Data parallelism: each takes some of the requests and counts for itself."""
+    """Data parallelism: each takes some of the requests and counts for itself. Prompts are read in
+    one step each, as one beside another would be cut within a block.
+    """
     model, prompt = make("llama", folder), LONG[0][:700]
     make_tokenizer(model)
-    (expected,), _ = engine(
-        engines.generate, model, [[prompt]], max_tokens=8, max_num_batched_tokens=256
-    )
+    (expected,), _ = engine(engines.generate, model, [[prompt]], max_tokens=8, **WHOLE)
     two = ["--data-parallel-size", "2", "--no-enable-prefix-caching"]
+    two += ["--max-num-batched-tokens", str(WHOLE["max_num_batched_tokens"])]
     body = dict(model=str(model), prompt=prompt, max_tokens=8, temperature=0)
     with (
         serve(flags(model) + two, on_gpu=False) as server,
