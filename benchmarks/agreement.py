@@ -24,9 +24,7 @@ class Variant(NamedTuple):
 
     changed: dict[str, Any]
     names: tuple[str, ...]
-    before: float = (
-        0.0  # of each prompt so much is asked first, as a prompt that the whole continues
-    )
+    before: float = 0.0  # so much of each prompt is asked first, which the whole then continues
 
 
 VARIANTS = [

@@ -175,6 +175,19 @@ def tails() -> Iterator[set[tuple[int, int]]]:
         yield found
 
 
+def untold(*args, **options) -> tuple[set[tuple[int, int]], list[str]]:
+    """Tails and warnings of an engine that does not tell how long its prompts are."""
+    from vllm_reattention import compat, metadata
+
+    with (
+        tails() as found,
+        mock.patch.object(compat, "tell_prompt_lengths", lambda: None),
+        mock.patch.object(metadata.logger, "warning_once") as warned,
+    ):
+        generate(*args, **options)
+    return found, [call.args[0] for call in warned.call_args_list]
+
+
 def prompt_lengths_told() -> tuple[list, list, None]:
     """To builders that either model runner calls, and after that."""
     from types import SimpleNamespace

@@ -160,6 +160,10 @@ BACKEND = "vllm.v1.attention.backend"
 CONFIG = "vllm.config"
 ROPE = "vllm.model_executor.layers.rotary_embedding"
 UTILS = "vllm.v1.worker.utils"
+PREPARE_ATTN = (
+    "self input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config "
+    "for_capture ubatch_idx model_specific_attn_metadata"
+)
 SEAMS = [
     # how the backend is named, chosen and checked
     Seam("vllm", "__version__", "compat.version_refusal"),
@@ -272,14 +276,10 @@ SEAMS = [
     Seam("vllm.v1.worker.gpu_input_batch", "InputBatch.__init__", "compat.tell_prompt_lengths",
          says="self.num_prompt_tokens_cpu_tensor = torch.zeros("),
     Seam("vllm.v1.worker.gpu.model_states.default", "DefaultModelState.prepare_attn",
-         "compat.tell_prompt_lengths",
-         takes="self input_batch cudagraph_mode block_tables slot_mappings attn_groups "
-               "kv_cache_config for_capture ubatch_idx model_specific_attn_metadata", first=2,
+         "compat.tell_prompt_lengths", takes=PREPARE_ATTN, first=2,
          says="is_prefilling=torch.from_numpy(input_batch.is_prefilling_np)"),
     Seam("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState.prepare_attn",
-         "compat.tell_prompt_lengths",
-         takes="self input_batch cudagraph_mode block_tables slot_mappings attn_groups "
-               "kv_cache_config for_capture ubatch_idx model_specific_attn_metadata", first=2),
+         "compat.tell_prompt_lengths", takes=PREPARE_ATTN, first=2),
     Seam("vllm.v1.worker.gpu.input_batch", "InputBatch", "compat.tell_prompt_lengths",
          has="prefill_len_np is_prefilling_np"),
     Seam(BACKEND, "AttentionMetadataBuilder", "metadata.ReAttentionMetadataBuilder",

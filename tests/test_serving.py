@@ -90,6 +90,13 @@ def test_every_layer_selects_for_the_end_of_a_prompt(folder, engine):
         assert run[1] == {(992, 32), (1024, 32), (1056, 32), (1088, 12)}, chunk
 
 
+def test_a_vllm_that_does_not_tell_how_long_prompts_are_is_named(folder):
+    with engines.workers() as pool:  # of its own: another engine's patch would tell
+        model = make("llama", folder)
+        found, warnings = pool.submit(engines.untold, model, [LONG], **SMALL).result(120)
+    assert not found and any("does not tell how long prompts are" in told for told in warnings)
+
+
 def test_both_model_runners_tell_how_long_prompts_are():
     with engines.workers() as pool:
         told = pool.submit(engines.prompt_lengths_told).result(120)

@@ -155,6 +155,11 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> ReAttentionMetadata:
+        if compat.prompt_lengths() is None:
+            logger.warning_once(
+                "ReAttention: this vLLM does not tell how long prompts are, so their last tokens "
+                "recall what others do and questions are answered less well; docs/upgrade.md"
+            )
         metadata = self._build(common_attn_metadata)
         if self.counts is not None:
             self.masses.collect(self.counts.add_shares)
@@ -214,7 +219,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
 
     def _tail(self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int) -> Tail | None:
         told, seq_lens = compat.prompt_lengths(), step.seq_lens_cpu_upper_bound
-        if told is None:  # a dummy's
+        if told is None:  # of a draft
             return None
         # a copy: the runner may write the next step's before the device has read this one's
         prompt_lens = torch.zeros(len(step.seq_lens), dtype=torch.int32)
