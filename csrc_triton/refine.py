@@ -193,6 +193,7 @@ def _refined_share_kernel(
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     LISTED: tl.constexpr,
+    HIGHEST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     tile_idx = tl.program_id(0).to(tl.int64)
@@ -221,8 +222,11 @@ def _refined_share_kernel(
             mass = tl.load(mass_ptr + at, mask=mask, other=-1e30)
             mass = tl.exp2(mass - tl.max(mass, axis=1)[:, None])
             total = tl.sum(mass * stands_for[None, :], axis=1)
-            share = tl.where(mask, mass / total[:, None], 0.0)
-            score += tl.sum(tl.minimum(share, 1.0), axis=0)
+            share = tl.minimum(tl.where(mask, mass / total[:, None], 0.0), 1.0)
+            if HIGHEST:
+                score = tl.maximum(score, tl.max(share, axis=0))
+            else:
+                score += tl.sum(share, axis=0)
     score_ptr += out_row * num_candidates + entry_offs
     tl.store(score_ptr, tl.where(block >= 0, score, -1.0), mask=entry_offs < num_candidates)
 
@@ -299,8 +303,6 @@ def refine_scores(
         num_warps=warps,
         **fixed,
     )
-    if highest:
-        return _highest_shares(mass, candidates, tiles, scope, block_size)
     score = torch.empty((num_tiles, num_kv_heads, num_candidates), **fp32)
     _refined_share_kernel[(num_tiles, num_kv_heads)](
         tiles.length,
@@ -313,45 +315,11 @@ def refine_scores(
         *row_strides(candidates),
         ROWS=min(triton.next_power_of_2(max_rows), SHARE_ROWS),
         LISTED=triton.next_power_of_2(num_listed),
+        HIGHEST=highest,
         num_warps=4,
         **fixed,
     )
     return score
-
-
-def _highest_shares(
-    mass: Tensor, candidates: Tensor, tiles: Tiles, scope: Scope, block_size: int
-) -> Tensor:
-    """What _refined_share_kernel does, with the highest share of a row: for few tiles, in torch.
-
-    mass  [num_tiles, num_kv_heads, max_rows, listed] log2, undefined for what is not there;
-          overwritten
-    """
-    count, device = candidates.shape[-1], mass.device
-    first, block = scope.global_blocks, tiles.position // block_size
-    local = (block - scope.local_blocks + 1)[:, None]
-    every = ((local - first + PROBES - 1) // PROBES).clamp(min=1)
-    fixed = torch.arange(first, device=device).expand(len(block), -1)
-    probes = first + torch.arange(PROBES, device=device) * every
-    fixed = torch.cat((fixed, probes), -1)
-    selects = (tiles.length > 0) & (block >= scope.dense_blocks)
-    is_there = torch.cat(
-        (candidates >= 0, (fixed < local)[:, None].expand(-1, candidates.shape[1], -1)), -1
-    )
-    is_there &= selects[:, None, None]
-    is_probed = (candidates - first) % every[:, None] == 0
-    stands_for = torch.ones_like(is_there, dtype=torch.float32)
-    stands_for[..., :count] -= is_probed * every[:, None]
-    stands_for[..., count + first :] = every[:, None]
-    max_rows = mass.shape[2]
-    num_rows = tiles.length * (max_rows // tiles.max_length)
-    is_row = torch.arange(max_rows, device=device) < num_rows[:, None]
-    is_mass = is_there[:, :, None] & is_row[:, None, :, None]
-    mass.masked_fill_(~is_mass, float("-inf"))
-    mass.sub_(mass.amax(-1, keepdim=True)).exp2_().masked_fill_(~is_mass, 0.0)
-    total = (mass * stands_for[:, :, None]).sum(-1, keepdim=True)
-    share = (mass[..., :count] / total).masked_fill(~is_mass[..., :count], 0.0).clamp(max=1.0)
-    return torch.where(is_there[..., :count], share.amax(2), -1.0)
 
 
 def _tile_sizes(rows: int, head_size: int) -> tuple[int, int, int]:

@@ -120,7 +120,6 @@ def reattention(
         tiles: Tiles, scope: Scope, memory: Memory | None, highest: bool = False
     ) -> Tensor:
         run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope)
-        run = max(4, run // 16 * 4) if highest else run  # torch's operations need copies
         given = (scope, rotary, scale, soft_cap, add_up)
         found = []
         for start in range(0, tiles.row.shape[0], run):
