@@ -136,6 +136,7 @@ def find_pages(slot, end, num_global, num_recalled, local, recalled_ptr, table_p
     here = slot < end
     is_recalled = (slot >= num_global) & (slot < num_global + num_recalled)
     named = tl.load(recalled_ptr + slot - num_global, mask=is_recalled & here, other=0)
+    named = tl.maximum(named, 0)  # scores of nan recall nothing
     block = tl.where(slot < num_global, slot, local + slot - num_global - num_recalled)
     block = tl.where(is_recalled, named, block)
     return block, tl.load(table_ptr + block, mask=here, other=0).to(tl.int64)

@@ -340,9 +340,8 @@ def attend(
         last = position // block_size
         num_global, num_recalled, local = scope.slots(last, block_size)
         fixed = torch.arange(last + 1, device=query.device).expand(num_kv_heads, -1)
-        slots = torch.cat(
-            (fixed[:, :num_global], recalled[tile, :, :num_recalled].long(), fixed[:, local:]), 1
-        )
+        named = recalled[tile, :, :num_recalled].long().clamp(min=0)  # scores of nan recall nothing
+        slots = torch.cat((fixed[:, :num_global], named, fixed[:, local:]), 1)
         num_slots = slots.shape[1]
         table = rotary.cos_sin[torch.arange(num_slots, device=query.device) * block_size]
         q = _tile_query(query, row, length, num_kv_heads, rotary)
@@ -350,10 +349,10 @@ def attend(
         own = torch.arange(own, own + length, device=query.device).repeat_interleave(group)
         q = _rotate(q, rotary.cos_sin[own]) * scale
 
-        named = block_table[request].long()[slots]  # [num_kv_heads, num_slots]
-        key = _wide(pages.key[named, heads]).to(q.dtype) * pages.key_scale
+        page = block_table[request].long()[slots]  # [num_kv_heads, num_slots]
+        key = _wide(pages.key[page, heads]).to(q.dtype) * pages.key_scale
         key = _rotate(key, table[:, None]).flatten(1, 2)
-        value = (_wide(pages.value[named, heads]).to(q.dtype) * pages.value_scale).flatten(1, 2)
+        value = (_wide(pages.value[page, heads]).to(q.dtype) * pages.value_scale).flatten(1, 2)
         logits = cap_logits(q @ key.transpose(1, 2), soft_cap)  # [num_kv_heads, rows, keys]
 
         at = torch.arange(position, position + length, device=query.device)

@@ -575,6 +575,27 @@ def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("stage", [reference, kernels], ids=["reference", "kernels"])
+@pytest.mark.parametrize("case", [DECODE[0], PREFILL[0]], ids=str)
+def test_a_request_of_nan_is_alone_with_it(stage, case):
+    """Its scores are nan and name no blocks, which must not be looked up in the block table."""
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    given, tiles = inputs.score_args(), inputs.tiles
+    scope = inputs.case.scope
+    blocks = tiles.position // case.block_size
+    tile = int((blocks >= scope.dense_blocks).nonzero()[-1])
+    row, length = int(tiles.row[tile]), int(tiles.length[tile])
+    before, after = torch.full((2, *inputs.query.shape), 7.0, dtype=torch.float16, device=DEVICE)
+    attention.reattention(*given, before, stage=stage)
+    inputs.query[row : row + length] = float("nan")
+    recalled = attention.reattention(*given, after, stage=stage)
+    assert (recalled <= blocks[:, None, None]).all()
+    assert after[row : row + length].isnan().all()
+    after[row : row + length] = before[row : row + length]
+    assert torch.equal(after, before)
+
+
 def test_some_queries_of_a_tile_select_for_all(monkeypatch):
     case = PREFILL[1]
     inputs = case.build(torch.float16, DEVICE)
