@@ -329,7 +329,8 @@ class Study:
             counts = offset < tiles.length[part, None]
             if self.rule == "newest":
                 counts &= offset == tiles.length[part, None] - 1
-            row = (tiles.row[part, None] + offset).clamp(max=query.shape[0] - 1).long()
+            row = tiles.row[part, None] + offset * tiles.step
+            row = row.clamp(max=query.shape[0] - 1).long()
             q = query[row].unflatten(2, (heads, group))  # [tiles, length, heads, group, size]
             q = q.permute(2, 0, 1, 3, 4).flatten(1, 3)
             can = torch.arange(blocks, device=query.device) < local[:, None]
@@ -346,7 +347,7 @@ class Study:
             total = mass.logsumexp(-1, keepdim=True)
             share = (mass - total).clamp(max=0).exp().nan_to_num_()
             share *= counts.repeat_interleave(group, 1)[None, :, :, None]
-            share = share.amax(2) if self.rule == "max" else share.sum(2)
+            share = share.amax(2) if self.rule == "max" or self.highest else share.sum(2)
             can[:, : scope.global_blocks] = False
             score[part] = torch.where(can[:, None], share.transpose(0, 1), -1.0)
         return score
