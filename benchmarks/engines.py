@@ -14,15 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.config import SIZES, ReAttentionConfig
 
 # FLASH_ATTN is vLLM's own with the model's RoPE as it is, run on past the trained window; yarn is
 # the same with YaRN by the factor it takes; streaming is reattention that recalls nothing and has
 # the more local tokens.
 PROVIDERS = ("reattention", "FLASH_ATTN", "streaming", "yarn")
 BLOCK_SIZE = 32
-SETTINGS = ("global_size", "local_size", "recall_size", "dense_limit")
-SETTINGS += ("scorer", "select_every", "memory")
+SETTINGS = (*SIZES, "scorer", "select_every", "memory")
 
 
 class Provider(NamedTuple):
@@ -44,10 +43,10 @@ class Provider(NamedTuple):
         trained = self.trained()
         layers = trained.num_hidden_layers
         scope = config.resolve(trained.max_position_embeddings, BLOCK_SIZE, layers)
-        recall, local = scope.recall_blocks, scope.local_blocks
+        recall, local, decode = scope.recall_blocks, scope.local_blocks, scope.of(1).recall_blocks
         if self.name == "streaming":
-            recall, local = 0, recall + local
-        blocks = scope.global_blocks, local, recall, scope.dense_blocks
+            recall, local, decode = 0, recall + local, 0
+        blocks = scope.global_blocks, local, recall, decode, scope.dense_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
         selects = config.layers_per_selection(layers)
         if config.select_layers is not None:

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import harness
 from csrc_triton import kernels, reference
-from csrc_triton.layout import Memory, Pages, Rotary, Tiles, rotation_table
+from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles, rotation_table
 from vllm_reattention.attention import SELECTING_QUERIES, reattention, selecting
 from vllm_reattention.config import SELECT_EVERY, ReAttentionConfig
 from vllm_reattention.memory import Memories
@@ -171,7 +171,7 @@ class Problem:
         recalled = None
         for index, layer in enumerate(self.layers):
             recalled = reattention(
-                self.query, layer.pages, self.block_table, self.tiles, SCOPE, self.rotary,
+                self.query, layer.pages, self.block_table, self.tiles, self.scope, self.rotary,
                 self.scale, self.out, recalled=recalled if index % SELECT_EVERY else None,
                 memory=self.memory,
             )  # fmt: skip
@@ -189,8 +189,9 @@ class Problem:
         for tile in {0, self.tiles.row.shape[0] - 1}:
             part = self.tiles.part(tile, tile + 1)
             some = selecting(part)
-            given = (self.query, scored, self.block_table, some, SCOPE, self.rotary, self.scale)
-            recalled = self.out.new_zeros((1, 1, SCOPE.recall_blocks)).int()
+            given = (self.query, scored, self.block_table, some, self.scope)
+            given += (self.rotary, self.scale)
+            recalled = self.out.new_zeros((1, 1, self.scope.recall_blocks)).int()
             if self.context > SCOPE.dense_blocks * BLOCK_SIZE:
                 score, extent = kernels.score_blocks(*given)
                 theirs, _ = reference.score_blocks(*given)
@@ -198,11 +199,15 @@ class Problem:
                 torch.testing.assert_close(score[..., :n], theirs[..., :n], rtol=0.1, atol=0.02)
                 found = recall(score, self.candidates, extent)
                 refined = kernels.refine_scores(*given[:4], found, *given[4:])
-                recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
+                recalled = recall(refined, self.scope.recall_blocks, blocks=found)
             exact = torch.empty_like(self.out)
             reference.attend(self.query, pages, self.block_table, part, recalled, *given[4:], exact)
             rows = slice(int(part.row[0]), int(part.row[0] + part.length[0]))
             assert_agree(self.out[rows], exact[rows])
+
+    @property
+    def scope(self) -> Scope:
+        return SCOPE.of(self.tiles.max_length)
 
     @property
     def candidates(self) -> int:
@@ -222,32 +227,32 @@ class Problem:
             given = (self.query, layer.pages, self.block_table)
             some = (*given, selecting(self.tiles))
             rest = (self.rotary, self.scale)
-            score, extent = kernels.score_blocks(*some, SCOPE, *rest)
+            score, extent = kernels.score_blocks(*some, self.scope, *rest)
             found = recall(score, self.candidates, extent)
-            refined = kernels.refine_scores(*some, found, SCOPE, *rest)
-            recalled = recall(refined, SCOPE.recall_blocks, blocks=found)
+            refined = kernels.refine_scores(*some, found, self.scope, *rest)
+            recalled = recall(refined, self.scope.recall_blocks, blocks=found)
             kept.append((some, rest, score, extent, found, refined, recalled))
 
         def over_layers(call):
             return lambda: [call(*state) for state in kept]
 
         return {
-            "score": over_layers(lambda g, r, *_: kernels.score_blocks(*g, SCOPE, *r)),
+            "score": over_layers(lambda g, r, *_: kernels.score_blocks(*g, self.scope, *r)),
             "recall candidates": over_layers(
                 lambda g, r, score, extent, *_: recall(score, self.candidates, extent)
             ),
             "refine": over_layers(
-                lambda g, r, s, e, found, *_: kernels.refine_scores(*g, found, SCOPE, *r)
+                lambda g, r, s, e, found, *_: kernels.refine_scores(*g, found, self.scope, *r)
             ),
             "recall": over_layers(
                 lambda g, r, s, e, found, refined, _: recall(
-                    refined, SCOPE.recall_blocks, blocks=found
+                    refined, self.scope.recall_blocks, blocks=found
                 )
             ),
             "memory": self.memory_of_a_step,
             "attend": over_layers(
                 lambda g, r, s, e, f, refined, recalled: kernels.attend(
-                    *g[:3], self.tiles, recalled, SCOPE, *r, self.out
+                    *g[:3], self.tiles, recalled, self.scope, *r, self.out
                 )
             ),
         }
@@ -386,10 +391,10 @@ def floor(problem: Problem) -> tuple[float, float]:
     """Bytes and FLOPs one layer cannot do without."""
     num_heads, num_kv_heads, size = problem.heads
     context = problem.context
-    scope = min(context, SCOPE.dense_blocks * BLOCK_SIZE)
-    scored = context / BLOCK_SIZE / SELECT_EVERY if context > scope else 0
-    new = problem.new_tokens
-    seen = scope if context > scope else context - new / 2
+    selects, new = context > SCOPE.dense_blocks * BLOCK_SIZE, problem.new_tokens
+    scope = problem.scope.blocks * BLOCK_SIZE if selects else context
+    scored = context / BLOCK_SIZE / SELECT_EVERY if selects else 0
+    seen = scope if selects else context - new / 2
     bytes_moved = (
         problem.batch * num_kv_heads * size * 2 * (scored * 2 + scope * problem.dtype.itemsize)
     )

@@ -143,7 +143,7 @@ class Study:
         self.memories.kept = Kept(*(part.clone() for part in kept))
         self._begin(rule)
         if rule == "only":
-            self.scope = self.scope._replace(recall_blocks=len(self.blocks))
+            self.scope = self.scope._replace(recall_blocks=len(self.blocks), single_recall=None)
         return self._feed(self.tokens[self.length :])
 
     def _begin(self, rule: str) -> None:
@@ -195,7 +195,7 @@ class Study:
                 here = tail._replace(of=tail.of[start : start + run])
                 recalled = attention.with_tail(recalled, here, own)
             common = (query, layer.pages, self.table, part, recalled)
-            stage.attend(*common, self.scope, self.rotary, scaling, out)
+            stage.attend(*common, self.scope.of(part.max_length), self.rotary, scaling, out)
         if new == 1:
             self.seen.setdefault(index, []).append(self._look(query, layer, recalled, scaling))
         return out[None], None
@@ -254,7 +254,8 @@ class Study:
     def _select(
         self, query: Tensor, layer: Layer, tiles: Tiles, scale: float, memory: Memory | None
     ) -> Tensor:
-        scope, rotary, stage = self.scope, self.rotary, attention.stages(query.device)
+        scope, rotary = self.scope.of(tiles.max_length), self.rotary
+        stage = attention.stages(query.device)
         if self.rule == "only":
             return self.blocks.expand(tiles.row.shape[0], 1, -1).contiguous()
         whole = tiles

@@ -47,6 +47,8 @@ SAMPLE_EVERY = 8  # see Scope.sample_from
 # global nor candidates. With them a denominator is right to 0.05 of its logarithm, where estimates
 # from summaries are off by 0.7 (docs/fidelity.md).
 PROBES = 64
+# At least, of a tile in a Tail: with a global block and the probes 1024, a power of two.
+TAIL_CANDIDATES = 959
 
 
 class Scope(NamedTuple):
@@ -59,6 +61,8 @@ class Scope(NamedTuple):
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
     # The same for tiles of one query, where more are cheap, and find more; 0: as many as for others
     single_candidates: int = 0
+    # Recalled by a tile of one query, which finds more with less beside it; None: as many as others
+    single_recall: int | None = None
     # What the tokens before found counts so much for a token that the model writes; 0: nothing is
     # remembered. For per_layer alone.
     memory: float = 0.0
@@ -77,11 +81,17 @@ class Scope(NamedTuple):
         candidates = self.candidates(max_length)
         return candidates + self.global_blocks + PROBES if candidates else 0
 
+    def of(self, max_length: int) -> "Scope":
+        """That of tiles of at most so many queries."""
+        if max_length > 1 or self.single_recall is None:
+            return self
+        return self._replace(recall_blocks=self.single_recall)
+
     def for_tail(self) -> "Scope":
-        """Of the few tiles of a Tail: as many candidates as for single queries."""
+        """Of the few tiles of a Tail, where more candidates are cheap."""
         if not self.candidate_blocks:
             return self
-        return self._replace(candidate_blocks=max(self.candidate_blocks, self.single_candidates))
+        return self._replace(candidate_blocks=max(self.candidate_blocks, TAIL_CANDIDATES))
 
     @property
     def blocks(self) -> int:

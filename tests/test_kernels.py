@@ -548,15 +548,33 @@ def test_a_selection_serves_other_layers(case, monkeypatch):
     assert not torch.allclose(again, out, equal_nan=True)
 
 
+@pytest.mark.parametrize("case", [DECODE[0], PREFILL[0]], ids=str)
+def test_single_queries_recall_less(case, monkeypatch):
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    monkeypatch.setattr(attention, "stages", lambda _: reference)
+    query, pages, table, tiles, scope, *rest = inputs.score_args()
+    least = scope._replace(recall_blocks=2)
+    scope = scope._replace(single_recall=2)
+    out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
+    recalled = attention.reattention(query, pages, table, tiles, scope, *rest, out)
+    exact = least if tiles.max_length == 1 else scope
+    assert recalled.shape[-1] == exact.recall_blocks
+    assert torch.equal(recalled, attention.select(query, pages, table, tiles, exact, *rest))
+    reference.attend(query, pages, table, tiles, recalled, exact, *rest, other)
+    torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("candidates", [8, 0])
 def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
-    """With a single query's candidates, whatever others recalled; for other tiles it does not."""
+    """With more candidates, whatever others recalled; for other tiles it does not."""
     case = Case(contexts=(600, 300), queries=(70, 40))
     inputs = case.build(torch.float16, DEVICE)
     inputs.write(reference.write_kv)
     monkeypatch.setattr(attention, "stages", lambda _: reference)
     query, pages, table, tiles, scope, *rest = inputs.score_args()
-    scope = scope._replace(candidate_blocks=candidates, single_candidates=20)
+    scope = scope._replace(candidate_blocks=candidates)
+    monkeypatch.setattr(layout, "TAIL_CANDIDATES", 20)
     lengths = torch.tensor([600, 350], dtype=torch.int32, device=DEVICE)  # the second goes on
     monkeypatch.setattr(tiles_module, "TAIL", 32)
     tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)

@@ -14,9 +14,11 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from csrc_triton.layout import Scope
 from vllm_reattention import metrics, times
 
-BLOCK, DENSE, RECALLED = 32, 128, 5
+BLOCK, DENSE, RECALLED, RECALLED_IN_DECODE = 32, 128, 5, 2
+SCOPE = Scope(1, RECALLED, 2, DENSE // BLOCK, single_recall=RECALLED_IN_DECODE)
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 def step(counts: metrics.Counts, requests: list[tuple[int, int]], num_decodes: int = 0) -> None:
     """requests: what each has in its cache, and its new tokens."""
     context, new = np.array(requests, dtype=np.int64).T
-    counts.add(context + new, new, num_decodes, DENSE, BLOCK, RECALLED)
+    counts.add(context + new, new, num_decodes, SCOPE, BLOCK)
 
 
 def read(name: str) -> dict[tuple[str, ...], float]:
@@ -63,7 +65,7 @@ def test_counting_equals_counting_one_by_one(seed):
     counts = metrics.Counts("m", 0, 0)
     step(counts, requests, num_decodes)
 
-    selected, tiles, seen = 0, set(), []
+    selected, singles, tiles, seen = 0, 0, set(), []
     for request, (context, new) in enumerate(requests):
         for position in range(context, context + new):
             seen.append(position + 1)
@@ -71,9 +73,11 @@ def test_counting_equals_counting_one_by_one(seed):
                 selected += 1
                 single = request < num_decodes
                 tiles.add((request, position if single else position // BLOCK))
+                singles += single
     assert counts["rows_selected"] == selected
     assert counts["rows_dense"] == len(seen) - selected
-    assert counts["blocks_recalled"] == len(tiles) * RECALLED
+    others = len(tiles) - singles
+    assert counts["blocks_recalled"] == others * RECALLED + singles * RECALLED_IN_DECODE
     assert counts["context_sum"] == sum(seen)
     up_to = [sum(keys <= edge for keys in seen) for edge in metrics.EDGES]
     assert counts.record["context_up_to"][0].tolist() == up_to

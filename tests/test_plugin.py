@@ -177,10 +177,10 @@ def test_changelog_opens_with_this_version_and_its_vllm():
 
 def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32, num_layers=32)
-    assert scope == Scope(1, 191, 64, 256, 573, 447, memory=0.8, per_layer=True)
+    assert scope == Scope(1, 191, 64, 256, 573, 447, 96, memory=0.8, per_layer=True)
     assert [scope.candidates(length) for length in (1, 2, 32)] == [447, 573, 573]
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32, num_layers=30)
-    assert scope == Scope(1, 47, 16, 64, 141, 447, memory=0.8, per_layer=True)
+    assert scope == Scope(1, 47, 16, 64, 141, 447, 24, memory=0.8, per_layer=True)
 
 
 def test_nothing_is_remembered_where_nothing_can_be():
@@ -272,7 +272,7 @@ def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
 
 def test_recalling_nothing():
     config = ReAttentionConfig(recall_size=0, local_size=480, scorer="summary")
-    assert config.resolve(512, 32) == Scope(1, 0, 15, 16)
+    assert config.resolve(512, 32) == Scope(1, 0, 15, 16, single_recall=0)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,11 @@ def test_recalling_nothing():
         (dict(local_size=0), "set local_size=32"),
         (dict(local_size="64"), "local_size must be a whole number"),
         (dict(recall_size=-32), "recall_size must be a multiple of the block size 32"),
+        (
+            dict(decode_recall_size=64, recall_size=32),
+            "at most recall_size, 32, .* got 64; set .*=32",
+        ),
+        (dict(decode_recall_size=0), "0 only with it, got 0; set decode_recall_size=32"),
         (dict(local_size=8192), "must fit in the trained window of 512 tokens, got 32 + 0 + 8192"),
         (dict(dense_limit=1024), "dense_limit must lie between"),
         (dict(dense_limit=128), "dense_limit must lie between"),

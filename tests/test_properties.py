@@ -305,6 +305,7 @@ sizes = st.one_of(st.none(), st.integers(-64, 400), st.integers(0, 300).map(lamb
 @given(
     st.builds(
         dict, global_size=sizes, local_size=sizes, recall_size=sizes, dense_limit=sizes,
+        decode_recall_size=sizes,
         scorer=st.sampled_from(("refined", "summary", "layer")),
     ),
     st.one_of(st.integers(256, 20_000), st.just(131072)),
@@ -312,7 +313,7 @@ sizes = st.one_of(st.none(), st.integers(-64, 400), st.integers(0, 300).map(lamb
 )  # fmt: skip
 @settings(max_examples=300)
 def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, block_size):
-    for _ in range(8):
+    for _ in range(9):
         try:
             scope = ReAttentionConfig.read({"reattention": numbers}).resolve(window, block_size)
             break
@@ -321,6 +322,11 @@ def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, b
     else:
         raise AssertionError(f"no way out led anywhere, at last {numbers}")
     assert scope.global_blocks >= 1 <= scope.local_blocks and scope.recall_blocks >= 0
+    assert scope.of(2) == scope
+    decoded = scope.of(1).recall_blocks
+    assert (0 < decoded <= scope.recall_blocks) or decoded == scope.recall_blocks == 0
+    if numbers["decode_recall_size"] is None:
+        assert 2 * decoded in (scope.recall_blocks, scope.recall_blocks + 1)
     assert scope.blocks <= scope.dense_blocks and scope.dense_blocks * block_size <= window
     if numbers["dense_limit"] is None:
         assert scope.dense_blocks == scope.blocks
@@ -329,6 +335,7 @@ def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, b
         (told.global_size, scope.global_blocks),
         (told.local_size, scope.local_blocks),
         (told.recall_size, scope.recall_blocks),
+        (told.decode_recall_size, scope.of(1).recall_blocks),
         (told.dense_limit, scope.dense_blocks),
     ):
         assert given_size in (None, blocks * block_size)

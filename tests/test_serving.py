@@ -274,7 +274,7 @@ def test_serve(folder):
     # Of 1107 tokens those from 512 on select: 19 prefill tiles and 7 single tokens, 11 blocks each
     assert told("rows_dense_total") == 512
     assert told("rows_selected_total") == 588 + 7
-    assert told("blocks_recalled_total") == (19 + 7) * 11
+    assert told("blocks_recalled_total") == 19 * 11 + 7 * 6
     assert told("context_tokens_count") == told("context_tokens_bucket", le="+Inf") == 1107
     assert told("context_tokens_sum") == 1107 * 1108 / 2
     # Each of the two layers shows the two heads of a group in the first step that selects

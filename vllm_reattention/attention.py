@@ -57,14 +57,15 @@ def select(
     stage: Any = None,
     highest: bool = False,
 ) -> Tensor:
-    """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recall_blocks] int32, ascending.
+    """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recalled] int32, ascending.
 
-    One row for all KV heads if they recall the same (Scope.per_layer); `add_up` then sums scores
-    over the processes that have a share of the heads each, and `memory` takes up what was found.
-    `stage` has the stages to call instead of this device's. `highest`: candidates count by the
-    highest share that any query and head of a KV head gives them, not by the sum of all.
+    As many as the scope of such tiles recalls (Scope.of). One row for all KV heads if they recall
+    the same (Scope.per_layer); `add_up` then sums scores over the processes that have a share of
+    the heads each, and `memory` takes up what was found. `stage` has the stages to call instead of
+    this device's. `highest`: candidates count by the highest share that any query and head of a KV
+    head gives them, not by the sum of all.
     """
-    stage = stage or stages(query.device)
+    stage, scope = stage or stages(query.device), scope.of(tiles.max_length)
     tiles = selecting(tiles)
     score, extent = stage.score_blocks(query, pages, block_table, tiles, scope, rotary, scale)
 
@@ -110,9 +111,10 @@ def reattention(
     recalled     what another layer recalled for these tiles, instead of a selection
     tail         those of the tiles that get a selection of this layer in any case
     add_up       as `select` takes it; so are memory and stage
-    returns      what was attended to: [num_tiles, num_kv_heads or 1, recall_blocks]
+    returns      what was attended to, as `select` returns it
     """
     stage = stage or stages(query.device)
+    scope = scope.of(tiles.max_length)
     max_blocks, num_kv_heads = block_table.shape[1], pages.key.shape[1]
     can_select = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
 

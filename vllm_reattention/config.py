@@ -7,6 +7,7 @@ from csrc_triton.layout import Scope
 
 KEY = "reattention"
 Scorer = Literal["layer", "refined", "summary"]
+SIZES = ("global_size", "local_size", "recall_size", "decode_recall_size", "dense_limit")
 MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
 CANDIDATES_PER_RECALLED = 3
@@ -24,6 +25,9 @@ class ReAttentionConfig:
     global_size   first tokens, always attended to; default 32, at least one block
     local_size    last tokens, always attended to; default a quarter of the scope
     recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
+    decode_recall_size
+                  so many of them for a token that the model writes; default half, which finds more
+                  and takes less time
     dense_limit   up to here a query attends to everything; default the scope, which finds more
                   beyond it than a higher limit does
     scorer        layer: the best candidates are scored again from their keys; a layer's KV heads
@@ -46,6 +50,7 @@ class ReAttentionConfig:
     global_size: int | None = None
     local_size: int | None = None
     recall_size: int | None = None
+    decode_recall_size: int | None = None
     dense_limit: int | None = None
     scorer: Scorer = "layer"
     select_every: int | None = None
@@ -53,7 +58,7 @@ class ReAttentionConfig:
     memory: float | None = None
 
     def __post_init__(self):
-        for name in ("global_size", "local_size", "recall_size", "dense_limit"):
+        for name in SIZES:
             size = getattr(self, name)
             if size is not None and type(size) is not int:
                 raise ValueError(f"{name} must be a whole number of tokens, got {size!r}")
@@ -162,16 +167,19 @@ class ReAttentionConfig:
         recall = self.recall_size
         if recall is None:
             recall = max(size - first - local, 0)
+        decode = self.decode_recall_size
+        if decode is None:
+            decode = -(-recall // (2 * block_size)) * block_size
         total = first + recall + local
         dense = self.dense_limit
         if dense is None:
             dense = total
 
-        sizes = dict(global_size=first, local_size=local, recall_size=recall, dense_limit=dense)
-        for name, tokens in sizes.items():
-            at_least = 0 if name == "recall_size" else block_size
+        sizes = zip(SIZES, (first, local, recall, decode, dense), strict=True)
+        for name, tokens in sizes:
+            at_least = 0 if name.endswith("recall_size") else block_size
             if tokens < at_least or tokens % block_size:
-                kind = "a multiple" if name == "recall_size" else "a positive multiple"
+                kind = "a positive multiple" if at_least else "a multiple"
                 raise ValueError(
                     f"{name} must be {kind} of the block size {block_size}, got {tokens}; "
                     f"set {name}={max(at_least, -(-tokens // block_size) * block_size)}"
@@ -181,6 +189,11 @@ class ReAttentionConfig:
                 f"global_size + recall_size + local_size must fit in the trained window of "
                 f"{trained_window} tokens, got {first} + {recall} + {local} = {total}; "
                 f"make recall_size, local_size or global_size smaller"
+            )
+        if decode > recall or (recall and not decode):
+            raise ValueError(
+                f"decode_recall_size must be at most recall_size, {recall}, and 0 only with it, "
+                f"got {decode}; set decode_recall_size={min(max(decode, block_size), recall)}"
             )
         if not total <= dense <= trained_window:
             raise ValueError(
@@ -196,6 +209,7 @@ class ReAttentionConfig:
             dense_blocks=dense // block_size,
             candidate_blocks=candidates,
             single_candidates=max(2 * recalled, SINGLE_CANDIDATES) if candidates else 0,
+            single_recall=decode // block_size,
             per_layer=self.scorer == "layer",
             memory=0.0 if speculates else self.remembers(num_layers),
         )

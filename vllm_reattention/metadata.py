@@ -134,11 +134,13 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
-            "ReAttention: scope %d tokens (%d global + %d recalled + %d local), trained window %d, "
-            "all keys up to %d, scorer %s, %s, memory %g%s, summaries take %.1f %% of the KV cache",
+            "ReAttention: scope %d tokens (%d global + %d recalled, %d in decode, + %d local), "
+            "trained window %d, all keys up to %d, scorer %s, %s, memory %g%s, summaries take "
+            "%.1f %% of the KV cache",
             scope.blocks * size,
             scope.global_blocks * size,
             scope.recall_blocks * size,
+            scope.of(1).recall_blocks * size,
             scope.local_blocks * size,
             trained_window,
             scope.dense_blocks * size,
@@ -262,11 +264,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             return 0
         seq_lens, num_tokens = _host_lengths(step)
         num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
-        block_size, scope = self.block_size, self.scope
-        dense_limit = scope.dense_blocks * block_size
-        return counts.add(
-            seq_lens, num_tokens, num_decodes, dense_limit, block_size, scope.recall_blocks
-        )
+        return counts.add(seq_lens, num_tokens, num_decodes, self.scope, self.block_size)
 
 
 def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from csrc_triton.layout import Scope
 from vllm_reattention.times import STAGES
 
 DIRECTORY = "REATTENTION_METRICS_DIR"  # made by us: not a setting
@@ -90,9 +91,8 @@ class Counts:
         seq_lens: np.ndarray,
         num_tokens: np.ndarray,
         num_decodes: int,
-        dense_limit: int,
+        scope: Scope,
         block_size: int,
-        recall_blocks: int,
     ) -> int:
         """A step; returns how many of its query tokens select.
 
@@ -100,7 +100,7 @@ class Counts:
         num_tokens   [num_requests] int64, of the step
         num_decodes  requests, the first, whose every token is a tile of its own
         """
-        context = seq_lens - num_tokens
+        context, dense_limit = seq_lens - num_tokens, scope.dense_blocks * block_size
         selected = (seq_lens - dense_limit).clip(0, num_tokens)
         first = np.maximum(context, dense_limit)
         tiles = np.where(selected > 0, (seq_lens - 1) // block_size - first // block_size + 1, 0)
@@ -108,7 +108,8 @@ class Counts:
         record = self.record[0]
         record["rows_selected"] += selected.sum()
         record["rows_dense"] += num_tokens.sum() - selected.sum()
-        record["blocks_recalled"] += tiles.sum() * recall_blocks
+        record["blocks_recalled"] += tiles[:num_decodes].sum() * scope.of(1).recall_blocks
+        record["blocks_recalled"] += tiles[num_decodes:].sum() * scope.recall_blocks
         record["context_up_to"] += (EDGES - context[:, None]).clip(0, num_tokens[:, None]).sum(0)
         record["context_sum"] += (num_tokens * (context + seq_lens + 1) // 2).sum()
         self._tell()

@@ -233,8 +233,9 @@ def report(plan: Plan) -> str:
         f"layers    {shape.full_layers} with {shape.num_kv_heads} KV heads of {shape.head_size}"
         + (f", {shape.window_layers} keep {shape.window} tokens" if shape.window_layers else ""),
         f"scope     {scope.blocks * block:,} tokens: {scope.global_blocks * block} global, "
-        f"{scope.recall_blocks * block:,} recalled, {scope.local_blocks * block:,} local; "
-        f"everything up to {scope.dense_blocks * block:,}",
+        f"{scope.recall_blocks * block:,} recalled, "
+        f"{scope.of(1).recall_blocks * block:,} of them in decode, "
+        f"{scope.local_blocks * block:,} local; everything up to {scope.dense_blocks * block:,}",
         f"KV cache  {each}{plan.token_bytes / 1024:.1f} KiB a token, "
         f"{plan.summary_bytes / 1024:.1f} of it summaries",
         f"request   {each}{_gib(plan.request_bytes)} for {plan.max_model_len:,} tokens",
