@@ -154,6 +154,7 @@ class Study:
         self.seen: dict[int, list[Tensor]] = {}
         self.recalled: dict[int, Tensor] = {}
         self.found: dict[int, Memory] = {}
+        self.found_by_tail: Memory | None = None
 
     def _feed(self, tokens: list[int]) -> Tensor:
         """Log probabilities of the token behind these."""
@@ -185,7 +186,7 @@ class Study:
         run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width, self.scope)
         tail = self._tail(tiles) if new > 1 else None
         if tail is not None:
-            own = self._select_for_tail(query, layer, tail.tiles, scaling)
+            own = self._select_for_tail(index, query, tail.tiles, scaling)
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             if index in self.selecting:
@@ -229,10 +230,13 @@ class Study:
         prompt_len = tiles.row.new_tensor([len(self.tokens)])
         return find_tail(tiles, 0, prompt_len, BLOCK_SIZE)
 
-    def _select_for_tail(self, query: Tensor, layer: Layer, tiles: Tiles, scale: float) -> Tensor:
+    def _select_for_tail(self, index: int, query: Tensor, tiles: Tiles, scale: float) -> Tensor:
         scope, self.scope, self.highest = self.scope, self.scope.for_tail(), True
+        if index == 0 and scope.memory:
+            found = self.memories.recollect(tiles, self.table, None)
+            self.found_by_tail = found._replace(counts=True)
         try:
-            return self._select(query, layer, tiles, scale, None)
+            return self._select(query, self.layers[index], tiles, scale, self.found_by_tail)
         finally:
             self.scope, self.highest = scope, False
 
@@ -262,14 +266,15 @@ class Study:
         if self.rule != "all":
             tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
-        told = scope.per_layer, memory, tiles.length
+        length = tiles.length.clamp(max=1) if self.highest else tiles.length
+        told = scope.per_layer, memory, length
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)
             every, remembers = None, self.rule in SHARES and memory is not None
             if remembers:  # all blocks are candidates, or nothing found would join the memory
                 column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
                 every = column.expand(score.shape[0], 1, -1).contiguous()
-            told = scope.per_layer, memory if remembers else None, tiles.length
+            told = scope.per_layer, memory if remembers else None, length
             return stage.recall_blocks(score, scope.recall_blocks, None, every, *told)
         if self.rule == "mean":
             turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
@@ -305,9 +310,10 @@ class Study:
 
     def _with_needle(self, recalled: Tensor, tiles: Tiles) -> Tensor:
         """The needle's blocks instead of the last, where they lie between global and local."""
-        count, size = len(self.blocks), recalled.shape[-1]
+        size = recalled.shape[-1]
+        count = min(len(self.blocks), size)
         local = tiles.position // BLOCK_SIZE - self.scope.local_blocks + 1
-        wanted = self.blocks.expand(*recalled.shape[:2], -1)
+        wanted = self.blocks[:count].expand(*recalled.shape[:2], -1)
         can = (self.blocks >= self.scope.global_blocks) & (wanted < local[:, None, None])
         others = torch.where(torch.isin(recalled, self.blocks), 1 << 30, recalled).sort(-1).values
         forced = torch.cat((others[..., : size - count], wanted), -1).sort(-1).values

@@ -142,17 +142,6 @@ class Tiles(NamedTuple):
         return Tiles(self.request, row, length, position, max_length, step * self.step)
 
 
-class Tail(NamedTuple):
-    """Tiles at the ends of prompts, where questions stand: every layer selects for them.
-
-    tiles  those of a step; length 0: nothing to do
-    of     [num_tiles] int64: which of them each tile of the step is; -1: none
-    """
-
-    tiles: Tiles
-    of: Tensor
-
-
 class Memory(NamedTuple):
     """What the tokens of a tile's request found, by block: the mean of the layers that select.
 
@@ -167,6 +156,19 @@ class Memory(NamedTuple):
 
     def part(self, start: int, end: int) -> "Memory":
         return self._replace(found=self.found[start:end])
+
+
+class Tail(NamedTuple):
+    """Tiles at the ends of prompts, where questions stand: every layer selects for them.
+
+    tiles   those of a step; length 0: nothing to do
+    of      [num_tiles] int64: which of them each tile of the step is; -1: none
+    memory  of theirs, which all layers select with; None: each selects for itself
+    """
+
+    tiles: Tiles
+    of: Tensor
+    memory: Memory | None = None
 
 
 KEPT = 64  # blocks that a request remembers from one token to the next

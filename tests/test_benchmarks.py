@@ -334,10 +334,8 @@ def test_the_best_of_a_baseline_counts_and_one_that_fails_tells_why():
 
 def test_columns():
     told = "model provider task context_len depth samples hits global_size local_size recall_size"
-    assert (
-        " ".join(needle.COLUMNS)
-        == told + " dense_limit scorer select_every memory seed gpu torch triton vllm commit"
-    )
+    told += " decode_recall_size dense_limit scorer select_every memory seed"
+    assert " ".join(needle.COLUMNS) == told + " gpu torch triton vllm commit"
     assert kernels.COLUMNS == serving.COLUMNS
     assert set(harness.stamp()) < set(serving.COLUMNS) & set(needle.COLUMNS)
     assert set(harness.stamp()) < set(agreement.COLUMNS)
@@ -490,6 +488,8 @@ def test_every_rule_recalls_what_it_may(study, rule, scorer, monkeypatch):
     prompts = Prompts(str(TINY))
     prompt = prompts.make("tiny", 300, 0.3, "0")
     settings = dict(global_size=32, local_size=64, recall_size=64, dense_limit=160, scorer=scorer)
+    decoded = 2 if rule == "oracle" else 1  # as many as the needle has
+    settings["decode_recall_size"] = 32 * decoded
     told = prompts.encode(f" {prompt.answer}")
     study.read(prompt.tokens, 2, settings, "served" if rule == "only" else rule)
     served, needle = len(recalls), rules.needle_place(prompts, prompt)
@@ -504,7 +504,8 @@ def test_every_rule_recalls_what_it_may(study, rule, scorer, monkeypatch):
     for tiles, recalled in recalls:
         block = tiles.position // 32
         selects = (block >= 5) & (tiles.length > 0)
-        assert recalled.shape[1] == (2 if scorer == "refined" else 1) and recalled.shape[2] == 2
+        assert recalled.shape[1] == (2 if scorer == "refined" else 1)
+        assert recalled.shape[2] == (decoded if tiles.max_length == 1 else 2)
         chosen = recalled[selects]
         assert (chosen >= 1).all() and (chosen.diff(dim=-1) > 0).all()
         assert (chosen <= (block[selects] - 2)[:, None, None]).all()

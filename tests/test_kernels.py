@@ -594,6 +594,44 @@ def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [reference, kernels], ids=["reference", "kernels"])
+def test_layers_of_a_tail_add_up_what_they_find(stage):
+    case = Case(contexts=(600, 300), queries=(70, 40), scope=Scope(1, 4, 3, 8, 8, per_layer=True))
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    query, pages, table, tiles, scope, *rest = inputs.score_args()
+    lengths = torch.tensor([600, 300], dtype=torch.int32, device=DEVICE)
+    tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
+    found = torch.zeros((len(tail.tiles.row), table.shape[1]), device=DEVICE)
+    tail = tail._replace(memory=Memory(found, 0.5, counts=True))
+    given, wide = (pages, table, tail.tiles), scope.for_tail()
+
+    def of_one(query: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        memory = Memory(found, 0.5, counts=True)
+        return attention.select(query, *given, wide, *rest, 0.0, None, memory, stage, highest=True)
+
+    last = tail.tiles.position // case.block_size
+    block = torch.arange(table.shape[1], dtype=torch.int32, device=DEVICE)
+    can = (block >= 1) & (block < (last - scope.local_blocks + 1)[:, None])
+    can &= ((tail.tiles.length > 0) & (last >= scope.dense_blocks))[:, None]
+    every = torch.where(can, block, -1)[:, None].int()  # fewer than there may be candidates
+    some = pages, table, attention.selecting(tail.tiles), every, wide
+    shares = reference.refine_scores(query, *some, *rest, highest=True)
+
+    out, is_tail = torch.empty_like(query), tail.of >= 0
+    for layer_query in (query, -query):
+        known, alone = found.clone(), torch.zeros_like(found)
+        args = layer_query, pages, table, tiles, scope, *rest, out
+        recalled = attention.reattention(*args, tail=tail, stage=stage)
+        own = of_one(layer_query, known)
+        assert torch.equal(recalled[is_tail], own[tail.of[is_tail]])
+        torch.testing.assert_close(found, known)
+        if layer_query is query:
+            expected = shares.float().sum(1).masked_fill(~can, 0.0)
+            torch.testing.assert_close(found, expected / 2, rtol=2e-2, atol=2e-3)
+    assert not torch.equal(own, of_one(layer_query, alone))
+
+
+@pytest.mark.parametrize("stage", [reference, kernels], ids=["reference", "kernels"])
 @pytest.mark.parametrize("case", [DECODE[0], PREFILL[0]], ids=str)
 def test_a_request_of_nan_is_alone_with_it(stage, case):
     """Its scores are nan and name no blocks, which must not be looked up in the block table."""

@@ -69,10 +69,13 @@ def select(
     tiles = selecting(tiles)
     score, extent = stage.score_blocks(query, pages, block_table, tiles, scope, rotary, scale)
 
+    # what the memory takes up is a query's: of scores that are sums, their mean
+    length = tiles.length.clamp(max=1) if highest else tiles.length
+
     def recall(score: Tensor, num_recalled: int, *of: Tensor | None) -> Tensor:
         if scope.per_layer and add_up is not None:
             score = add_up(score.sum(1, keepdim=True))
-        given = (scope.per_layer, memory, tiles.length)
+        given = (scope.per_layer, memory, length)
         return stage.recall_blocks(score, num_recalled, *of, *given)
 
     if not scope.candidate_blocks:
@@ -135,7 +138,7 @@ def reattention(
     elif recalled is None:
         recalled = select_in_runs(tiles, scope, memory)
     if can_select and tail is not None:
-        own = select_in_runs(tail.tiles, scope.for_tail(), None, highest=True)
+        own = select_in_runs(tail.tiles, scope.for_tail(), tail.memory, highest=True)
         recalled = with_tail(recalled, tail, own)
     stage.attend(
         query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks
@@ -187,7 +190,10 @@ def warm_up(
                     found = stage.recollect(kept, table, tiles, nobody, 0.0, block_size)
                     memory = Memory(found, 1.0, max_length == 1)
                 given = (scope, rotary, scale, out, soft_cap, sinks)
-                tail = Tail(tiles, nothing.long() - 1) if max_length > 1 else None
+                tail = None
+                if max_length > 1:
+                    of_layers = memory and memory._replace(counts=True)
+                    tail = Tail(tiles, nothing.long() - 1, of_layers)
                 reattention(query, pages, table, tiles, *given, memory=memory, tail=tail)
                 if memory is not None:
                     stage.keep(kept, memory.found, table, tiles, block_size)

@@ -215,8 +215,12 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         memories = self._memories() if max_blocks > self.scope.dense_blocks else None
         flags = self.is_generated[:num_decode_tokens]
         tail = None
-        if num_prefills and fresh is None and max_blocks > self.scope.dense_blocks:
+        selects = self.weight and max_blocks > self.scope.dense_blocks
+        if num_prefills and fresh is None and selects:
             tail = self._tail(step, tiles[-1], num_decodes)
+        if tail is not None and memories is not None:
+            found = memories.recollect(tail.tiles, table, None)
+            tail = tail._replace(memory=found._replace(counts=True))
         return ReAttentionMetadata(self.scope, tiles, table, fresh, memories, flags, tail)
 
     def _tail(self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int) -> Tail | None:
