@@ -94,9 +94,15 @@ def shared_lengths(name: str, lengths: list[int]) -> list[list[int]]:
 
 
 def label(row: dict) -> str:
-    """What to call a row's provider in figures: with its scope, global + recalled + local."""
-    sizes = [row[name] for name in ("global_size", "recall_size", "local_size")]
-    return " ".join([row["provider"], "+".join(map(str, sizes))]) if sizes[0] else row["provider"]
+    """What to call a row's provider in figures: with its scope, global + recalled + local.
+
+    What is recalled in decode stands in brackets, if it is less.
+    """
+    if not row["global_size"]:
+        return row["provider"]
+    recall, decode = (str(row[name]) for name in ("recall_size", "decode_recall_size"))
+    recall += f" ({decode})" if decode != recall else ""
+    return f"{row['provider']} {row['global_size']}+{recall}+{row['local_size']}"
 
 
 def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None:

@@ -28,7 +28,10 @@ from benchmarks import (
     serving,
 )
 from benchmarks.prompts import NOISE, Prompt, Prompts, is_hit, novel_text
+from csrc_triton import reference
+from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.tiles import prefill_tiles
 
 CHAT = (
     "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -248,7 +251,10 @@ def test_rulers_single_facts_stand_at_every_depth_in_turn():
 
 def test_figures_tell_scopes_apart():
     row = {"provider": "reattention", "global_size": 32, "local_size": "64", "recall_size": 0}
+    row["decode_recall_size"] = "0"
     assert engines.label(row) == "reattention 32+0+64"
+    row |= {"recall_size": "128", "decode_recall_size": 64}
+    assert engines.label(row) == "reattention 32+128 (64)+64"
     assert engines.label(row | {"provider": "yarn", "global_size": ""}) == "yarn"
 
 
@@ -470,6 +476,27 @@ def test_options_are_told_as_on_a_command_line():
 @pytest.fixture(scope="module")
 def study() -> rules.Study:
     return rules.Study(str(TINY), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("highest", [False, True])
+def test_exact_shares_are_those_that_refining_all_blocks_tells(study, highest, monkeypatch):
+    prompts = Prompts(str(TINY))
+    tokens = prompts.make("tiny", 420, 0.3, "1").tokens
+    study.read(tokens, 2, dict(global_size=32, local_size=64, recall_size=64), "exact")
+    layer, scope, num_tokens = study.layers[1], study.scope, study.length
+    heads = study.model.config.num_attention_heads
+    query = torch.randn(num_tokens, heads, layer.key.shape[-1])
+    starts = torch.tensor([0, num_tokens], dtype=torch.int32)
+    tiles = prefill_tiles(starts, starts, starts[1:], 0, rules.BLOCK_SIZE)
+    tiles = attention.selecting(tiles.part(0, int((tiles.length > 0).sum())))
+    assert tiles.step == 4
+    monkeypatch.setattr(study, "highest", highest)
+    exact = study._exact(query, layer.key, tiles, 0.3)
+    blocks = torch.where(exact >= 0, torch.arange(exact.shape[-1]), -1).int()
+    assert (blocks >= 0).sum() > 10
+    given = query, layer.pages, study.table, tiles, blocks, scope, study.rotary, 0.3
+    told = reference.refine_scores(*given, highest=highest)
+    torch.testing.assert_close(exact, told, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
