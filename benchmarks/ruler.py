@@ -137,11 +137,11 @@ def draw(model: str) -> None:
     groups = by_provider(list(newest.values()))
     figure, grid = plt.subplots(3, 4, figsize=(15, 9), sharey=True)
     for task, axis in zip((*TASKS, "average"), grid.flat, strict=True):
-        for name, found in groups.items():
+        for index, (name, found) in enumerate(groups.items()):  # not all have every task
             points = sorted((n, value) for (of, n), value in shares(found).items() if of == task)
             # the average of a few tasks is not to be seen beside that of all
             if points and (task in TASKS or {row["task"] for row in found} == set(TASKS)):
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+                axis.plot(*zip(*points, strict=True), marker="o", label=name, color=f"C{index}")
         axis.set(title=task, xscale="log", ylim=(-0.03, 1.03))
         lengths = sorted({int(row["context_len"]) for row in newest.values()})
         axis.set_xticks(lengths, [needle.short(n) for n in lengths], fontsize=8)
