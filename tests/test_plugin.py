@@ -421,6 +421,15 @@ def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
         assert sorted(positions) == list(range(max(first, 0), prompt))
 
 
+def test_a_tail_has_no_more_tiles_than_its_step():
+    starts, lengths = requests(*[(0, 20)] * 50)
+    tiles = prefill_tiles(starts, starts, lengths, 0, 32)
+    tail = find_tail(tiles, 0, lengths, 32)
+    assert len(tiles.row) == len(tail.tiles.row) == 100
+    assert tail.tiles.length.sum() == 50 * 20
+    assert sorted(tail.of[tail.of >= 0].tolist()) == list(range(50))
+
+
 def test_a_step_amid_a_prompt_has_no_tail():
     assert not ends_here(torch.tensor([4000, 0]), torch.tensor([3872, 0]), 32)
     assert ends_here(torch.tensor([4000, 0]), torch.tensor([3873, 0]), 32)

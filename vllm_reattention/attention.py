@@ -191,8 +191,8 @@ def warm_up(
                     memory = Memory(found, 1.0, max_length == 1)
                 given = (scope, rotary, scale, out, soft_cap, sinks)
                 tail = None
-                if max_length > 1:
-                    of_layers = memory and memory._replace(counts=True)
+                if max_length > 1:  # all of them may lie at ends of prompts
+                    of_layers = memory and Memory(memory.found.clone(), 1.0, counts=True)
                     tail = Tail(tiles, nothing.long() - 1, of_layers)
                 reattention(query, pages, table, tiles, *given, memory=memory, tail=tail)
                 if memory is not None:

@@ -112,6 +112,7 @@ class Plan:
             row += heads * (max_blocks if max_length == 1 else max_length)
             row += heads * min(max_length, SELECTING_QUERIES) * scope.listed(max_length)
             remembered = num_tiles * max_blocks if scope.memory else 0
+            remembered *= 1 if max_length == 1 else 2  # of tiles and of those at ends of prompts
             most = max(most, 4 * (at_once * row + remembered))
         return max(most, turned)
 

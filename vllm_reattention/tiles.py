@@ -96,12 +96,12 @@ def find_tail(tiles: Tiles, first_request: int, prompt_lens: Tensor, block_size:
     prompt_lens  [num_requests] int32, on the tiles' device
     """
     count, device = tail_tiles(block_size), tiles.row.device
-    places = (len(prompt_lens) - first_request) * count
+    # no more than there are tiles: many short prompts may end in one step
+    places = min((len(prompt_lens) - first_request) * count, len(tiles.row))
     last = (prompt_lens - 1) // block_size
     back = last[tiles.request] - tiles.position // block_size
     is_last = (tiles.length > 0) & (tiles.position < prompt_lens[tiles.request]) & (back < count)
-    place = (tiles.request - first_request) * count + back
-    place = torch.where(is_last, place, places).long()  # one more, for all the others
+    place = torch.where(is_last, is_last.cumsum(0) - 1, places)  # one more, for all the others
     index = torch.arange(len(place), device=device)
     tile = index.new_zeros(places + 1).scatter_(0, place, index)[:places]
     is_there = is_last.new_zeros(places + 1).scatter_(0, place, is_last)[:places]
