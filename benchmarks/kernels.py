@@ -197,7 +197,7 @@ class Problem:
                 theirs, _ = reference.score_blocks(*given)
                 n = int(extent[0])
                 torch.testing.assert_close(score[..., :n], theirs[..., :n], rtol=0.1, atol=0.02)
-                found = recall(score, self.candidates, extent)
+                found = recall(score, self.scope.candidate_blocks, extent)
                 refined = kernels.refine_scores(*given[:4], found, *given[4:])
                 recalled = recall(refined, self.scope.recall_blocks, blocks=found)
             exact = torch.empty_like(self.out)
@@ -208,10 +208,6 @@ class Problem:
     @property
     def scope(self) -> Scope:
         return SCOPE.of(self.tiles.max_length)
-
-    @property
-    def candidates(self) -> int:
-        return SCOPE.candidates(self.tiles.max_length)
 
     def memory_of_a_step(self) -> None:
         generated = self.tiles.length > 0 if self.new_tokens == 1 else None
@@ -228,7 +224,7 @@ class Problem:
             some = (*given, selecting(self.tiles))
             rest = (self.rotary, self.scale)
             score, extent = kernels.score_blocks(*some, self.scope, *rest)
-            found = recall(score, self.candidates, extent)
+            found = recall(score, self.scope.candidate_blocks, extent)
             refined = kernels.refine_scores(*some, found, self.scope, *rest)
             recalled = recall(refined, self.scope.recall_blocks, blocks=found)
             kept.append((some, rest, score, extent, found, refined, recalled))
@@ -239,7 +235,7 @@ class Problem:
         return {
             "score": over_layers(lambda g, r, *_: kernels.score_blocks(*g, self.scope, *r)),
             "recall candidates": over_layers(
-                lambda g, r, score, extent, *_: recall(score, self.candidates, extent)
+                lambda g, r, score, extent, *_: recall(score, self.scope.candidate_blocks, extent)
             ),
             "refine": over_layers(
                 lambda g, r, s, e, found, *_: kernels.refine_scores(*g, found, self.scope, *r)

@@ -233,8 +233,7 @@ class Study:
     def _select_for_tail(self, index: int, query: Tensor, tiles: Tiles, scale: float) -> Tensor:
         scope, self.scope, self.highest = self.scope, self.scope.for_tail(), True
         if index == 0 and scope.memory:
-            found = self.memories.recollect(tiles, self.table, None)
-            self.found_by_tail = found._replace(counts=True)
+            self.found_by_tail = self.memories.of_layers(tiles, self.table)
         try:
             return self._select(query, self.layers[index], tiles, scale, self.found_by_tail)
         finally:
@@ -266,7 +265,7 @@ class Study:
         if self.rule != "all":
             tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
-        length = tiles.length.clamp(max=1) if self.highest else tiles.length
+        length = attention.summed_over(tiles, self.highest)
         told = scope.per_layer, memory, length
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)
@@ -287,7 +286,7 @@ class Study:
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
         score = self._changed(torch.where(can, score, 0), can)
-        count = (8 if self.rule == "wide" else 1) * scope.candidates(tiles.max_length)
+        count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
@@ -314,7 +313,7 @@ class Study:
         count = min(len(self.blocks), size)
         local = tiles.position // BLOCK_SIZE - self.scope.local_blocks + 1
         wanted = self.blocks[:count].expand(*recalled.shape[:2], -1)
-        can = (self.blocks >= self.scope.global_blocks) & (wanted < local[:, None, None])
+        can = (wanted >= self.scope.global_blocks) & (wanted < local[:, None, None])
         others = torch.where(torch.isin(recalled, self.blocks), 1 << 30, recalled).sort(-1).values
         forced = torch.cat((others[..., : size - count], wanted), -1).sort(-1).values
         return torch.where(can.all(-1, keepdim=True), forced, recalled).to(torch.int32)

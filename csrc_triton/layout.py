@@ -61,7 +61,7 @@ class Scope(NamedTuple):
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
     # The same for tiles of one query, where more are cheap, and find more; 0: as many as for others
     single_candidates: int = 0
-    # Recalled by a tile of one query, which finds more with less beside it; None: as many as others
+    # Recalled by a tile of one query (docs/fidelity.md); None: as many as by others
     single_recall: int | None = None
     # What the tokens before found counts so much for a token that the model writes; 0: nothing is
     # remembered. For per_layer alone.
@@ -72,20 +72,19 @@ class Scope(NamedTuple):
     # weighs its rows against each other) from the global blocks and every SAMPLE_EVERY-th other.
     sample_from: int = 2048
 
-    def candidates(self, max_length: int) -> int:
-        singles = self.single_candidates or self.candidate_blocks
-        return singles if max_length == 1 else self.candidate_blocks
-
-    def listed(self, max_length: int) -> int:
-        """How many blocks' keys tell the shares of a tile's candidates; 0: summaries tell them."""
-        candidates = self.candidates(max_length)
-        return candidates + self.global_blocks + PROBES if candidates else 0
-
     def of(self, max_length: int) -> "Scope":
         """That of tiles of at most so many queries."""
-        if max_length > 1 or self.single_recall is None:
+        if max_length > 1:
             return self
-        return self._replace(recall_blocks=self.single_recall)
+        recall = self.recall_blocks if self.single_recall is None else self.single_recall
+        candidates = self.single_candidates or self.candidate_blocks
+        return self._replace(recall_blocks=recall, candidate_blocks=candidates)
+
+    @property
+    def listed(self) -> int:
+        """How many blocks' keys tell the shares of a tile's candidates; 0: summaries tell them."""
+        candidates = self.candidate_blocks
+        return candidates + self.global_blocks + PROBES if candidates else 0
 
     def for_tail(self) -> "Scope":
         """Of the few tiles of a Tail, where more candidates are cheap."""

@@ -652,6 +652,20 @@ def test_a_request_of_nan_is_alone_with_it(stage, case):
     assert torch.equal(after, before)
 
 
+@pytest.mark.parametrize("queries", [None, (37,)], ids=["decode", "prefill"])
+def test_where_nothing_was_recalled_the_first_block_stands(queries):
+    """What lies before a request's row of the block table is not its own."""
+    case = Case(contexts=(300,), queries=queries, soft_cap=5.0)  # which Hopper's kernel leaves
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    last = inputs.block_table[:, 18:19]  # its own block: what is read of it counts
+    inputs.block_table = torch.cat((last, inputs.block_table), 1)[:, 1:]
+    recalled = inputs.recalled().fill_(-1)
+    expected = inputs.attend(reference.attend, recalled)
+    actual = inputs.attend(kernels.attend, recalled)
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3, equal_nan=True)
+
+
 def test_some_queries_of_a_tile_select_for_all(monkeypatch):
     case = PREFILL[1]
     inputs = case.build(torch.float16, DEVICE)

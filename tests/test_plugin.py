@@ -178,7 +178,7 @@ def test_changelog_opens_with_this_version_and_its_vllm():
 def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32, num_layers=32)
     assert scope == Scope(1, 191, 64, 256, 573, 447, 96, memory=0.8, per_layer=True)
-    assert [scope.candidates(length) for length in (1, 2, 32)] == [447, 573, 573]
+    assert [scope.of(length).candidate_blocks for length in (1, 2, 32)] == [447, 573, 573]
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32, num_layers=30)
     assert scope == Scope(1, 47, 16, 64, 141, 447, 24, memory=0.8, per_layer=True)
 

@@ -271,7 +271,7 @@ def test_serve(folder):
     def told(name: str, **labels: str) -> float:
         return total(samples, f"reattention_{name}", engine="0", worker="0", **labels)
 
-    # Of 1107 tokens those from 512 on select: 19 prefill tiles and 7 single tokens, 11 blocks each
+    # Of 1107 tokens those from 512 on select: 19 prefill tiles of 11 blocks, 7 single tokens of 6
     assert told("rows_dense_total") == 512
     assert told("rows_selected_total") == 588 + 7
     assert told("blocks_recalled_total") == 19 * 11 + 7 * 6

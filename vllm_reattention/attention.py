@@ -33,7 +33,7 @@ def tiles_per_run(
     """How many tiles the selection takes at once."""
     per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
     rows = num_heads * min(max_length, SELECTING_QUERIES)
-    numbers = per_block * max_blocks + rows * scope.listed(max_length)
+    numbers = per_block * max_blocks + rows * scope.of(max_length).listed
     # a multiple of 4: kernels are compiled once for rows that start on 16 bytes
     return max(4, SELECTION_BYTES // (4 * numbers) // 4 * 4)
 
@@ -41,6 +41,11 @@ def tiles_per_run(
 def selecting(tiles: Tiles) -> Tiles:
     """Those of the tiles' queries that select; the last of each is one of them."""
     return tiles.every(max(1, tiles.max_length // SELECTING_QUERIES))
+
+
+def summed_over(tiles: Tiles, highest: bool) -> Tensor:
+    """How many queries a tile's scores are sums over, [num_tiles]: memories take up their mean."""
+    return tiles.length.clamp(max=1) if highest else tiles.length
 
 
 def select(
@@ -69,8 +74,7 @@ def select(
     tiles = selecting(tiles)
     score, extent = stage.score_blocks(query, pages, block_table, tiles, scope, rotary, scale)
 
-    # what the memory takes up is a query's: of scores that are sums, their mean
-    length = tiles.length.clamp(max=1) if highest else tiles.length
+    length = summed_over(tiles, highest)
 
     def recall(score: Tensor, num_recalled: int, *of: Tensor | None) -> Tensor:
         if scope.per_layer and add_up is not None:
@@ -80,7 +84,7 @@ def select(
 
     if not scope.candidate_blocks:
         return recall(score, scope.recall_blocks, extent, None)
-    candidates = recall(score, scope.candidates(tiles.max_length), extent, None)
+    candidates = recall(score, scope.candidate_blocks, extent, None)
     refined = stage.refine_scores(
         query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap, highest
     )

@@ -26,8 +26,8 @@ class ReAttentionConfig:
     local_size    last tokens, always attended to; default a quarter of the scope
     recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
     decode_recall_size
-                  so many of them for a token that the model writes; default half, which finds more
-                  and takes less time
+                  so many of them for a token that the model writes; default half, which takes less
+                  time; answers that list many facts want all
     dense_limit   up to here a query attends to everything; default the scope, which finds more
                   beyond it than a higher limit does
     scorer        layer: the best candidates are scored again from their keys; a layer's KV heads

@@ -43,6 +43,10 @@ class Memories:
         found = self.stage.recollect(self.kept, block_table, tiles, *rest)
         return Memory(found, self.weight, counts=True)
 
+    def of_layers(self, tiles: Tiles, block_table: Tensor) -> Memory:
+        """For tiles of a Tail: anew, and what each layer finds counts for those behind it."""
+        return self.recollect(tiles, block_table, None)._replace(counts=True)
+
     def keep(self, tiles: Tiles, block_table: Tensor, memory: Memory) -> None:
         """After a step's last selection."""
         self.stage.keep(self.kept, memory.found, block_table, tiles, self.block_size)

@@ -212,15 +212,14 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             )
         max_blocks = -(-step.max_seq_len // self.block_size)
         table = step.block_table_tensor[:, :max_blocks]
-        memories = self._memories() if max_blocks > self.scope.dense_blocks else None
+        selects = self.weight and max_blocks > self.scope.dense_blocks
+        memories = self._memories() if selects else None
         flags = self.is_generated[:num_decode_tokens]
         tail = None
-        selects = self.weight and max_blocks > self.scope.dense_blocks
         if num_prefills and fresh is None and selects:
             tail = self._tail(step, tiles[-1], num_decodes)
         if tail is not None and memories is not None:
-            found = memories.recollect(tail.tiles, table, None)
-            tail = tail._replace(memory=found._replace(counts=True))
+            tail = tail._replace(memory=memories.of_layers(tail.tiles, table))
         return ReAttentionMetadata(self.scope, tiles, table, fresh, memories, flags, tail)
 
     def _tail(self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int) -> Tail | None:
@@ -240,7 +239,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
     def _memories(self) -> Memories | None:
         """Made once there are pages, and outside of graphs, which would clear it in each replay."""
         scope, pages = self.scope, len(self.layer.kv_cache)
-        if not (scope.memory and scope.recall_blocks and self.weight):  # none of a sliding window
+        if not (scope.memory and scope.recall_blocks):
             return None
         if self.memories is None or len(self.memories.kept.position) != pages:
             size, device = self.block_size, self.is_generated.device

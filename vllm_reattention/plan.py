@@ -107,12 +107,12 @@ class Plan:
             at_once = min(num_tiles, run)
             # scores, log-masses of single tokens, candidates and their scores, recalled blocks;
             # masses by the keys of candidates, global blocks and probes
-            candidates = scope.candidates(max_length)
-            row = self.kv_heads * (max_blocks + 2 * candidates + scope.recall_blocks)
+            own = scope.of(max_length)
+            row = self.kv_heads * (max_blocks + 2 * own.candidate_blocks + own.recall_blocks)
             row += heads * (max_blocks if max_length == 1 else max_length)
-            row += heads * min(max_length, SELECTING_QUERIES) * scope.listed(max_length)
-            remembered = num_tiles * max_blocks if scope.memory else 0
-            remembered *= 1 if max_length == 1 else 2  # of tiles and of those at ends of prompts
+            row += heads * min(max_length, SELECTING_QUERIES) * own.listed
+            memories = 1 if max_length == 1 else 2  # of tiles, and of those at ends of prompts
+            remembered = memories * num_tiles * max_blocks if scope.memory else 0
             most = max(most, 4 * (at_once * row + remembered))
         return max(most, turned)
 
