@@ -80,7 +80,7 @@ class Layer(NamedTuple):
 class Study:
     """A model with ReAttention by a rule, over one request that grows."""
 
-    highest = False  # while tiles of a prompt's end select
+    shared: Tensor | None = None  # what tiles of a prompt's end share, while they select
 
     def __init__(self, model: str, device: str, dtype: torch.dtype):
         from transformers import AttentionInterface, AutoModelForCausalLM
@@ -184,14 +184,17 @@ class Study:
         out = torch.empty_like(query)
         heads, width = query.shape[1], self.table.shape[1]
         run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width, self.scope)
+        starts_of_runs = range(0, tiles.row.shape[0], run)
+        if index in self.selecting:
+            for start in starts_of_runs:
+                part = tiles.part(start, start + run)
+                self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
         tail = self._tail(tiles) if new > 1 else None
         if tail is not None:
-            own = self._select_for_tail(index, query, tail.tiles, scaling)
-        for start in range(0, tiles.row.shape[0], run):
-            part = tiles.part(start, start + run)
-            if index in self.selecting:
-                self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
-            recalled = self.recalled[start]
+            shared = torch.cat([self.recalled[start] for start in starts_of_runs])[tail.source]
+            own = self._select_for_tail(index, query, tail.tiles, shared, scaling)
+        for start in starts_of_runs:
+            part, recalled = tiles.part(start, start + run), self.recalled[start]
             if tail is not None:
                 here = tail._replace(of=tail.of[start : start + run])
                 recalled = attention.with_tail(recalled, here, own)
@@ -230,14 +233,16 @@ class Study:
         prompt_len = tiles.row.new_tensor([len(self.tokens)])
         return find_tail(tiles, 0, prompt_len, BLOCK_SIZE)
 
-    def _select_for_tail(self, index: int, query: Tensor, tiles: Tiles, scale: float) -> Tensor:
-        scope, self.scope, self.highest = self.scope, self.scope.for_tail(), True
+    def _select_for_tail(
+        self, index: int, query: Tensor, tiles: Tiles, shared: Tensor, scale: float
+    ) -> Tensor:
+        scope, self.scope, self.shared = self.scope, self.scope.for_tail(), shared
         if index == 0 and scope.memory:
             self.found_by_tail = self.memories.of_layers(tiles, self.table)
         try:
             return self._select(query, self.layers[index], tiles, scale, self.found_by_tail)
         finally:
-            self.scope, self.highest = scope, False
+            self.scope, self.shared = scope, None
 
     def _select_for_all(
         self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
@@ -265,22 +270,22 @@ class Study:
         if self.rule != "all":
             tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
-        length = attention.summed_over(tiles, self.highest)
-        told = scope.per_layer, memory, length
+        is_tail = self.shared is not None
+        told = scope.per_layer, memory, attention.summed_over(tiles, is_tail)
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)
-            every, remembers = None, self.rule in SHARES and memory is not None
-            if remembers:  # all blocks are candidates, or nothing found would join the memory
-                column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
-                every = column.expand(score.shape[0], 1, -1).contiguous()
-            told = scope.per_layer, memory if remembers else None, length
-            return stage.recall_blocks(score, scope.recall_blocks, None, every, *told)
+            column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
+            # all are candidates, or nothing found would join the memory
+            every = column.expand(score.shape[0], 1 if scope.per_layer else self.kv_heads, -1)
+            told = scope.per_layer, memory if self.rule in SHARES else None, told[2]
+            given = scope.recall_blocks, None, every.contiguous()
+            return stage.recall_blocks(score, *given, *told, self.shared)
         if self.rule == "mean":
             turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
         if self.rule in (*ASKED, "mean"):
             given = (query, *common, scope, rotary, scale)
-            recalled = attention.select(*given, memory=memory, highest=self.highest)
+            recalled = attention.select(*given, memory=memory, shared=self.shared)
             return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
         score, extent = stage.score_blocks(query, *common, scope, rotary, scale)
         column = torch.arange(score.shape[-1], device=score.device)
@@ -288,13 +293,16 @@ class Study:
         score = self._changed(torch.where(can, score, 0), can)
         count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
+        if self.shared is not None:
+            candidates = attention.both(candidates, self.shared)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
         given = (candidates, scope, rotary, scale)
-        refined = stage.refine_scores(query, *common, *given, highest=self.highest)
+        refined = stage.refine_scores(query, *common, *given, highest=is_tail)
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
         score = self._changed(score, can)
         score = torch.where(of_each >= 0, score.gather(-1, named), -1.0)
+        told = *told, self.shared
         return stage.recall_blocks(score, scope.recall_blocks, None, candidates, *told)
 
     def _changed(self, score: Tensor, can: Tensor) -> Tensor:
@@ -353,7 +361,8 @@ class Study:
             total = mass.logsumexp(-1, keepdim=True)
             share = (mass - total).clamp(max=0).exp().nan_to_num_()
             share *= counts.repeat_interleave(group, 1)[None, :, :, None]
-            share = share.amax(2) if self.rule == "max" or self.highest else share.sum(2)
+            highest = self.rule == "max" or self.shared is not None
+            share = share.amax(2) if highest else share.sum(2)
             can[:, : scope.global_blocks] = False
             score[part] = torch.where(can[:, None], share.transpose(0, 1), -1.0)
         return score

@@ -49,6 +49,13 @@ SAMPLE_EVERY = 8  # see Scope.sample_from
 PROBES = 64
 # At least, of a tile in a Tail: with a global block and the probes 1024, a power of two.
 TAIL_CANDIDATES = 959
+# There, one recalled block in so many is what the layer finds best; the others are those of what
+# layers share that it finds best. A layer's own finds alone distract as well (docs/fidelity.md).
+OWN_PART = 4
+
+
+def own_part(num_recalled: int) -> int:
+    return max(1, num_recalled // OWN_PART)
 
 
 class Scope(NamedTuple):
@@ -87,7 +94,7 @@ class Scope(NamedTuple):
         return candidates + self.global_blocks + PROBES if candidates else 0
 
     def for_tail(self) -> "Scope":
-        """Of the few tiles of a Tail, where more candidates are cheap."""
+        """Of the few tiles of a Tail, where more candidates are cheap, with what is shared."""
         if not self.candidate_blocks:
             return self
         return self._replace(candidate_blocks=max(self.candidate_blocks, TAIL_CANDIDATES))
@@ -162,11 +169,13 @@ class Tail(NamedTuple):
 
     tiles   those of a step; length 0: nothing to do
     of      [num_tiles] int64: which of them each tile of the step is; -1: none
+    source  [len(tiles)] int64: which of the step's tiles each of them is; any if of length 0
     memory  of theirs, which all layers select with; None: each selects for itself
     """
 
     tiles: Tiles
     of: Tensor
+    source: Tensor
     memory: Memory | None = None
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.layout import Memory
+from csrc_triton.layout import Memory, own_part
 from csrc_triton.primitives import early_launch, wait_for_previous
 
 # Registers of one program hold so many runs, and so many blocks of the best runs.
@@ -99,24 +99,28 @@ def _best_of_runs_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n", "num_runs", "found_stride"])
+@triton.jit(do_not_specialize=["n", "num_runs", "num_own", "num_shared", "found_stride"])
 def _recall_blocks_kernel(
     score_ptr,  # [num_tiles, num_rows * SUMMED, n]
     extent_ptr,  # [num_tiles]: columns of score that count; or null
     name_ptr,  # [num_tiles, num_rows, n]: block ids, or null
     found_ptr,  # [num_tiles, found_stride], or null
     length_ptr,  # [num_tiles], or null
+    shared_ptr,  # [num_tiles, num_rows, num_shared]: block ids, or null
     run_key_ptr,  # [num_tiles, num_rows, num_runs]
     run_ptr,  # [num_tiles, num_rows, PAD_RECALLED] scratch
     out_ptr,  # [num_tiles, num_rows, num_recalled]
     n,
     num_runs,
     num_recalled,
+    num_own,
+    num_shared,
     found_stride,
     weight,
     PAD_RECALLED: tl.constexpr,
     HAS_EXTENT: tl.constexpr,
     HAS_NAMES: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     REMEMBERS: tl.constexpr,
     COUNTS: tl.constexpr,
     SUMMED: tl.constexpr,
@@ -167,7 +171,16 @@ def _recall_blocks_kernel(
             tl.store(found_ptr, found + own, mask=score >= 0)
         if COUNTS:
             score += found
-    takes, place = _take_largest(_order_key(score), num_recalled)
+    key = _order_key(score)
+    if HAS_SHARED:
+        is_best, _ = _take_largest(key, num_own)
+        shared_ptr += row_idx * num_shared
+        rank = tl.zeros([COLUMNS], tl.int32)
+        for shared_idx in range(num_shared):
+            rank |= (name == tl.load(shared_ptr + shared_idx)).to(tl.int32)
+        rank = tl.where(is_best, 2, rank)
+        key = tl.where(key >= 0, (rank << 20) + (key >> 2), -1)
+    takes, place = _take_largest(key, num_recalled)
     tl.store(out_ptr + place, name, mask=takes)
     behind = recalled_offs >= tl.sum(takes.to(tl.int32))
     tl.store(out_ptr + recalled_offs, -1, mask=behind & (recalled_offs < num_recalled))
@@ -181,16 +194,19 @@ def recall_blocks(
     per_layer: bool = False,
     memory: Memory | None = None,
     length: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
 
-    Scores count to 14 bits of mantissa: what differs by less is equal.
+    Scores count to 14 bits of mantissa, 12 beside what is shared: what differs by less is equal.
 
     score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
     blocks   [num_tiles, num_rows, n] int32, the block each column stands for, ascending
     memory   counts too, and takes up the scores of named blocks; per_layer alone
     length   [num_tiles] int32: queries that these scores are sums over; for the memory
+    shared   [num_tiles, num_rows, m] int32: named blocks that come before all others but the best,
+             one of OWN_PART recalled
     returns  [num_tiles, num_rows, num_recalled] int32, ascending; -1 behind the last. A row for
              each KV head, or, per_layer, one for all by the sum of their scores
     """
@@ -199,8 +215,9 @@ def recall_blocks(
     padded = triton.next_power_of_2(max(num_recalled, 4))
     run = max(MIN_RUN, triton.next_power_of_2(triton.cdiv(n, MAX_RUNS)))
     # named blocks are few, and all of them are to be taken up, not those of the best runs alone
-    takes_up = memory is not None and blocks is not None
-    two_rounds = n > max(padded * run, MAX_RUNS) and not takes_up
+    looks_at_all = blocks is not None and (memory is not None or shared is not None)
+    two_rounds = n > max(padded * run, MAX_RUNS) and not looks_at_all
+    assert shared is None or blocks is not None, "what is shared is looked for among named blocks"
     columns = padded * run if two_rounds else triton.next_power_of_2(max(n, 4))
     num_runs = triton.cdiv(n, run) if two_rounds else 0
     pad_runs = triton.next_power_of_2(num_runs) if two_rounds else 1
@@ -241,17 +258,21 @@ def recall_blocks(
         blocks,
         found,
         length,
+        shared,
         run_key,
         best_runs,
         out,
         n,
         num_runs,
         num_recalled,
+        own_part(num_recalled),
+        0 if shared is None else shared.shape[-1],
         stride,
         weight,
         PAD_RECALLED=padded,
         HAS_EXTENT=extent is not None,
         HAS_NAMES=blocks is not None,
+        HAS_SHARED=shared is not None,
         REMEMBERS=memory is not None,
         COUNTS=counts,
         SUMMED=summed,

@@ -9,7 +9,17 @@ import math
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import PROBES, SAMPLE_EVERY, Kept, Memory, Pages, Rotary, Scope, Tiles
+from csrc_triton.layout import (
+    PROBES,
+    SAMPLE_EVERY,
+    Kept,
+    Memory,
+    Pages,
+    Rotary,
+    Scope,
+    Tiles,
+    own_part,
+)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -162,10 +172,11 @@ def recall_blocks(
     per_layer: bool = False,
     memory: Memory | None = None,
     length: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """The best blocks, in sequence order; of equals, the earlier.
 
-    Scores count to 14 bits of mantissa: what differs by less is equal.
+    Scores count to 14 bits of mantissa, 12 beside what is shared: what differs by less is equal.
 
     score    [num_tiles, num_kv_heads, n] fp32; negative: not to be recalled
     extent   [num_tiles] int32: only so many columns of a tile count; default: all
@@ -173,6 +184,8 @@ def recall_blocks(
              -1 at the end; default: the column itself
     memory   counts too, and takes up the scores of named blocks; per_layer alone
     length   [num_tiles] int32: queries that these scores are sums over; for the memory
+    shared   [num_tiles, num_rows, m] int32: named blocks that come before all others but the best,
+             one of OWN_PART recalled
     returns  [num_tiles, num_rows, num_recalled] int32, ascending; -1 behind the last. A row for
              each KV head, or, per_layer, one for all by the sum of their scores
     """
@@ -186,6 +199,9 @@ def recall_blocks(
         columns = torch.arange(n, device=score.device)
         score = score.masked_fill(columns >= extent[:, None, None], -1.0)
     score = torch.where(score >= 0, score.float().view(torch.int32) >> 9, -1)
+    if shared is not None:
+        assert blocks is not None, "what is shared is looked for among named blocks"
+        score = _with_shared(score, num_recalled, blocks, shared)
     order = score.argsort(dim=-1, descending=True, stable=True)[..., :num_recalled]
     chosen = torch.where(score.gather(-1, order) >= 0, order, n).sort(dim=-1).values
     chosen = torch.nn.functional.pad(chosen, (0, num_recalled - chosen.shape[-1]), value=n)
@@ -194,6 +210,14 @@ def recall_blocks(
     else:
         named = chosen
     return torch.where(chosen < n, named, -1).to(torch.int32)
+
+
+def _with_shared(score: Tensor, num_recalled: int, blocks: Tensor, shared: Tensor) -> Tensor:
+    """Scores as integers of 22 bits, of which two now tell who comes first."""
+    best = score.argsort(dim=-1, descending=True, stable=True)[..., : own_part(num_recalled)]
+    rank = (blocks[..., None] == shared[..., None, :]).any(-1).int()
+    rank.scatter_(-1, best, 2)
+    return torch.where(score >= 0, (rank << 20) + (score >> 2), -1)
 
 
 def _remember(

@@ -490,7 +490,8 @@ def test_exact_shares_are_those_that_refining_all_blocks_tells(study, highest, m
     tiles = prefill_tiles(starts, starts, starts[1:], 0, rules.BLOCK_SIZE)
     tiles = attention.selecting(tiles.part(0, int((tiles.length > 0).sum())))
     assert tiles.step == 4
-    monkeypatch.setattr(study, "highest", highest)
+    blocks_of_others = torch.zeros((len(tiles.row), 1, 2), dtype=torch.int32)
+    monkeypatch.setattr(study, "shared", blocks_of_others if highest else None)
     exact = study._exact(query, layer.key, tiles, 0.3)
     blocks = torch.where(exact >= 0, torch.arange(exact.shape[-1]), -1).int()
     assert (blocks >= 0).sum() > 10

@@ -371,6 +371,46 @@ def test_recall_among_named_blocks(kind):
     assert torch.equal(actual, reference.recall_blocks(score, 8, **for_all))
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("n,k,shares", [(40, 3, 3), (40, 7, 3), (959, 47, 47), (5000, 60, 9)])
+def test_what_is_shared_comes_before_all_but_the_best(kind, n, k, shares, per_layer):
+    """The best of it, where it is more than there is room for; else others follow."""
+    gen = torch.Generator().manual_seed(n)
+    score, rows = ROWS[kind](gen, n).to(DEVICE), 1 if per_layer else 2
+    names = torch.randperm(2 * n, generator=gen)[:n].sort().values
+    shared = [*names[torch.randperm(n, generator=gen)[:shares]].tolist(), 2 * n, -1]  # no names
+    blocks = names.int().expand(3, rows, -1).contiguous().to(DEVICE)
+    of_all = torch.tensor(shared).int().expand(3, rows, -1).contiguous().to(DEVICE)
+    given = (None, blocks, per_layer, None, None)
+    recalled = reference.recall_blocks(score, k, *given, of_all)
+    assert torch.equal(kernels.recall_blocks(score, k, *given, of_all), recalled)
+    best = reference.recall_blocks(score, layout.own_part(k), *given)
+    total = score.sum(1, keepdim=True) if per_layer else score
+    flat = (of.flatten(0, 1).tolist() for of in (recalled, best, total))
+    for chosen, own, scores in zip(*flat, strict=True):
+        of = {name: x for name, x in zip(names.tolist(), scores, strict=True) if x >= 0}
+        chosen, own = set(chosen) - {-1}, set(own) - {-1}
+        theirs = (of.keys() & set(shared)) - own
+        assert own <= chosen <= of.keys() and len(chosen) == min(k, len(of))
+        assert len(chosen & theirs) == min(k - len(own), len(theirs))
+        for group in (theirs, of.keys() - theirs - own):
+            least = min((of[name] for name in group & chosen), default=9.0)
+            most = max((of[name] for name in group - chosen), default=0.0)
+            assert least >= most * (1 - 2**-12) or most < 2.0**-120
+
+
+def test_blocks_of_two_lists_are_all_there_once():
+    first = [[3, 5, 9, -1], [-1, -1, -1, -1], [1, 2, 3, 4]]
+    second = [[5, 4, -1], [7, 2, 7], [-1, -1, -1]]
+    lists = (torch.tensor(rows, dtype=torch.int32)[:, None] for rows in (first, second))
+    assert attention.both(*lists)[:, 0].tolist() == [
+        [3, 4, 5, 9, -1, -1, -1],
+        [2, 7, -1, -1, -1, -1, -1],
+        [1, 2, 3, 4, -1, -1, -1],
+    ]
+
+
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("n,k", [(40, 7), (1500, 12), (5000, 60), (20000, 127)])
@@ -585,7 +625,7 @@ def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
     recalled = attention.reattention(*given, scope, *rest, out, recalled=theirs, tail=tail)
     wide = scope._replace(candidate_blocks=20 if candidates else 0)
-    own = attention.select(*given, wide, *rest, highest=True)
+    own = attention.select(*given, wide, *rest, shared=theirs)
     assert torch.equal(recalled[is_tail], own[is_tail])
     assert (recalled[~is_tail] == 3).all()
     assert not (own[is_tail] == 3).all()
@@ -606,8 +646,11 @@ def test_layers_of_a_tail_add_up_what_they_find(stage):
     given, wide = (pages, table, tail.tiles), scope.for_tail()
 
     def of_one(query: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        common = pages, table, tiles, scope, *rest
+        shared = attention.select(query, *common, stage=stage)[tail.source]
         memory = Memory(found, 0.5, counts=True)
-        return attention.select(query, *given, wide, *rest, 0.0, None, memory, stage, highest=True)
+        told = 0.0, None, memory, stage, shared
+        return attention.select(query, *given, wide, *rest, *told)
 
     last = tail.tiles.position // case.block_size
     block = torch.arange(table.shape[1], dtype=torch.int32, device=DEVICE)

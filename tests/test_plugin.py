@@ -413,6 +413,8 @@ def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
         assert sorted(told) == sorted(row for place, row in of_all.values() if place >= 0)
         for place, row in of_all.values():
             assert place < 0 or columns(tail.tiles)[place] == row
+        for source, row in zip(tail.source.tolist(), columns(tail.tiles), strict=True):
+            assert row in (columns(tiles)[source], (*row[:2], 0, row[3]))
         for _, request, length, position in told:
             found[request - 1] += range(position, position + length)
         done = [a + b for a, b in zip(done, new, strict=True)]

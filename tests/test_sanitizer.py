@@ -189,6 +189,9 @@ def launch_everything() -> None:
             kept = nothing_kept(len(inputs.pages.key), torch.device(DEVICE))
             kernels.keep(kept, memory.found, *place, size)
             kernels.recollect(kept, *place, inputs.tiles.length > 0, 0.5, size)
-    kernels.recall_blocks(torch.rand(2, 2, 5000, device=DEVICE), 60)  # in two rounds
+    score = torch.rand(2, 2, 5000, device=DEVICE)
+    kernels.recall_blocks(score, 60)  # in two rounds
+    names = torch.arange(5000, dtype=torch.int32, device=DEVICE).expand(2, 2, -1).contiguous()
+    kernels.recall_blocks(score, 60, blocks=names, shared=names[..., 4940:].contiguous())
     torch.cuda.synchronize()
     assert launched == all_of_them, f"not launched: {all_of_them - launched}"

@@ -43,9 +43,9 @@ def selecting(tiles: Tiles) -> Tiles:
     return tiles.every(max(1, tiles.max_length // SELECTING_QUERIES))
 
 
-def summed_over(tiles: Tiles, highest: bool) -> Tensor:
+def summed_over(tiles: Tiles, is_tail: bool) -> Tensor:
     """How many queries a tile's scores are sums over, [num_tiles]: memories take up their mean."""
-    return tiles.length.clamp(max=1) if highest else tiles.length
+    return tiles.length.clamp(max=1) if is_tail else tiles.length
 
 
 def select(
@@ -60,35 +60,51 @@ def select(
     add_up: Callable[[Tensor], Tensor] | None = None,
     memory: Memory | None = None,
     stage: Any = None,
-    highest: bool = False,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recalled] int32, ascending.
 
     As many as the scope of such tiles recalls (Scope.of). One row for all KV heads if they recall
     the same (Scope.per_layer); `add_up` then sums scores over the processes that have a share of
     the heads each, and `memory` takes up what was found. `stage` has the stages to call instead of
-    this device's. `highest`: candidates count by the highest share that any query and head of a KV
-    head gives them, not by the sum of all.
+    this device's. `shared`, of tiles of a Tail: what is recalled for them as for all others. These
+    blocks are candidates, too, and come before all but the best of these; which count by the
+    highest share that any query and head of a KV head gives them, not by the sum of all.
     """
     stage, scope = stage or stages(query.device), scope.of(tiles.max_length)
     tiles = selecting(tiles)
     score, extent = stage.score_blocks(query, pages, block_table, tiles, scope, rotary, scale)
 
-    length = summed_over(tiles, highest)
+    is_tail = shared is not None
+    length = summed_over(tiles, is_tail)
 
     def recall(score: Tensor, num_recalled: int, *of: Tensor | None) -> Tensor:
         if scope.per_layer and add_up is not None:
             score = add_up(score.sum(1, keepdim=True))
-        given = (scope.per_layer, memory, length)
-        return stage.recall_blocks(score, num_recalled, *of, *given)
+        extent, blocks, shared = of
+        given = (scope.per_layer, memory, length, shared)
+        return stage.recall_blocks(score, num_recalled, extent, blocks, *given)
 
     if not scope.candidate_blocks:
-        return recall(score, scope.recall_blocks, extent, None)
-    candidates = recall(score, scope.candidate_blocks, extent, None)
+        return recall(score, scope.recall_blocks, extent, None, None)
+    count = scope.candidate_blocks - (0 if shared is None else shared.shape[-1])
+    candidates = recall(score, count, extent, None, None)
+    if shared is not None:
+        candidates = both(candidates, shared)
     refined = stage.refine_scores(
-        query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap, highest
+        query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap, is_tail
     )
-    return recall(refined, scope.recall_blocks, None, candidates)
+    return recall(refined, scope.recall_blocks, None, candidates, shared)
+
+
+def both(blocks: Tensor, others: Tensor) -> Tensor:
+    """All of them once: ascending along the last dimension, -1 behind the last."""
+    last = torch.iinfo(torch.int32).max
+    listed = torch.cat((blocks, others), -1)
+    listed = listed.masked_fill(listed < 0, last).sort(-1).values
+    again = torch.nn.functional.pad(listed[..., 1:] == listed[..., :-1], (1, 0))
+    listed = listed.masked_fill(again, last).sort(-1).values
+    return listed.masked_fill(listed == last, -1)
 
 
 def reattention(
@@ -126,7 +142,7 @@ def reattention(
     can_select = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
 
     def select_in_runs(
-        tiles: Tiles, scope: Scope, memory: Memory | None, highest: bool = False
+        tiles: Tiles, scope: Scope, memory: Memory | None, shared: Tensor | None = None
     ) -> Tensor:
         run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope)
         given = (scope, rotary, scale, soft_cap, add_up)
@@ -134,7 +150,8 @@ def reattention(
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             known = memory and memory.part(start, start + run)
-            found.append(select(query, pages, block_table, part, *given, known, stage, highest))
+            theirs = None if shared is None else shared[start : start + run]
+            found.append(select(query, pages, block_table, part, *given, known, stage, theirs))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     if not can_select:
@@ -142,7 +159,7 @@ def reattention(
     elif recalled is None:
         recalled = select_in_runs(tiles, scope, memory)
     if can_select and tail is not None:
-        own = select_in_runs(tail.tiles, scope.for_tail(), tail.memory, highest=True)
+        own = select_in_runs(tail.tiles, scope.for_tail(), tail.memory, recalled[tail.source])
         recalled = with_tail(recalled, tail, own)
     stage.attend(
         query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks
@@ -197,7 +214,7 @@ def warm_up(
                 tail = None
                 if max_length > 1:  # all of them may lie at ends of prompts
                     of_layers = memory and Memory(memory.found.clone(), 1.0, counts=True)
-                    tail = Tail(tiles, nothing.long() - 1, of_layers)
+                    tail = Tail(tiles, nothing.long() - 1, nothing.long(), of_layers)
                 reattention(query, pages, table, tiles, *given, memory=memory, tail=tail)
                 if memory is not None:
                     stage.keep(kept, memory.found, table, tiles, block_size)

@@ -111,7 +111,7 @@ def find_tail(tiles: Tiles, first_request: int, prompt_lens: Tensor, block_size:
         length=tiles.length[tile].masked_fill(~is_there, 0),
         position=tiles.position[tile],
     )
-    return Tail(of_tail, place.masked_fill(~is_last, -1))
+    return Tail(of_tail, place.masked_fill(~is_last, -1), source=tile)
 
 
 class FreshPrompts(NamedTuple):
