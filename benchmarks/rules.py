@@ -193,6 +193,9 @@ class Study:
         if tail is not None:
             shared = torch.cat([self.recalled[start] for start in starts_of_runs])[tail.source]
             own = self._select_for_tail(index, query, tail.tiles, shared, scaling)
+            if index == len(self.model.model.layers) - 1:
+                of_layers = tail._replace(memory=self.found_by_tail)
+                self.memories.keep_tail(of_layers, self.table)
         for start in starts_of_runs:
             part, recalled = tiles.part(start, start + run), self.recalled[start]
             if tail is not None:

@@ -154,14 +154,17 @@ class Memory(NamedTuple):
     found   [num_tiles, max_blocks] fp32, added to scores; each selection adds to it what it finds
     weight  of a selection: 1 / number of layers that select
     counts  False: scores stay as they are, and selections only add to it
+    most    [num_tiles, max_blocks] fp32, or None: beside the mean the most that a selection found
     """
 
     found: Tensor
     weight: float
     counts: bool
+    most: Tensor | None = None
 
     def part(self, start: int, end: int) -> "Memory":
-        return self._replace(found=self.found[start:end])
+        most = None if self.most is None else self.most[start:end]
+        return self._replace(found=self.found[start:end], most=most)
 
 
 class Tail(NamedTuple):

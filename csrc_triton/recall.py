@@ -105,6 +105,7 @@ def _recall_blocks_kernel(
     extent_ptr,  # [num_tiles]: columns of score that count; or null
     name_ptr,  # [num_tiles, num_rows, n]: block ids, or null
     found_ptr,  # [num_tiles, found_stride], or null
+    most_ptr,  # [num_tiles, found_stride], or null
     length_ptr,  # [num_tiles], or null
     shared_ptr,  # [num_tiles, num_rows, num_shared]: block ids, or null
     run_key_ptr,  # [num_tiles, num_rows, num_runs]
@@ -122,6 +123,7 @@ def _recall_blocks_kernel(
     HAS_NAMES: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     REMEMBERS: tl.constexpr,
+    HAS_MOST: tl.constexpr,
     COUNTS: tl.constexpr,
     SUMMED: tl.constexpr,
     TWO_ROUNDS: tl.constexpr,
@@ -169,6 +171,10 @@ def _recall_blocks_kernel(
         if HAS_NAMES:
             own = score * (weight / tl.load(length_ptr + tile_idx))
             tl.store(found_ptr, found + own, mask=score >= 0)
+            if HAS_MOST:
+                most_ptr += tile_idx * found_stride + name
+                most = tl.load(most_ptr, mask=score >= 0, other=0.0)
+                tl.store(most_ptr, tl.maximum(most, score), mask=score >= 0)
         if COUNTS:
             score += found
     key = _order_key(score)
@@ -228,9 +234,11 @@ def recall_blocks(
     out = torch.empty((*grid, num_recalled), dtype=torch.int32, device=device)
     run_key = torch.empty((*grid, num_runs), dtype=torch.int32, device=device)
     best_runs = torch.empty((*grid, padded if two_rounds else 0), dtype=torch.int32, device=device)
-    found = stride = weight = None
+    found = most = stride = weight = None
     if memory is not None:
-        found, stride, weight = memory.found, memory.found.stride(0), memory.weight
+        found, most, stride = memory.found, memory.most, memory.found.stride(0)
+        weight = memory.weight
+        assert most is None or most.stride(0) == stride
     counts = memory is not None and memory.counts
     if two_rounds:
         runs = 1024 // run
@@ -257,6 +265,7 @@ def recall_blocks(
         extent,
         blocks,
         found,
+        most,
         length,
         shared,
         run_key,
@@ -274,6 +283,7 @@ def recall_blocks(
         HAS_NAMES=blocks is not None,
         HAS_SHARED=shared is not None,
         REMEMBERS=memory is not None,
+        HAS_MOST=most is not None,
         COUNTS=counts,
         SUMMED=summed,
         TWO_ROUNDS=two_rounds,

@@ -230,8 +230,11 @@ def _remember(
         named, can = blocks[:, 0].clamp(min=0).long(), score >= 0
         found = memory.found.gather(1, named)[:, None].masked_fill(~can, 0.0)
         assert length is not None
-        own = (score * (memory.weight / length.clamp(min=1))[:, None, None]).masked_fill(~can, 0.0)
-        memory.found.scatter_add_(1, named, own[:, 0].to(memory.found.dtype))
+        own = score.masked_fill(~can, 0.0)[:, 0].to(memory.found.dtype)
+        weight = (memory.weight / length.clamp(min=1)).to(own.dtype)
+        memory.found.scatter_add_(1, named, own * weight[:, None])
+        if memory.most is not None:
+            memory.most.scatter_reduce_(1, named, own, "amax")
     return torch.where(score >= 0, score + found, score) if memory.counts else score
 
 

@@ -411,10 +411,10 @@ def test_blocks_of_two_lists_are_all_there_once():
     ]
 
 
-@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("counts,has_most", [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("n,k", [(40, 7), (1500, 12), (5000, 60), (20000, 127)])
-def test_what_was_found_before_counts_and_grows(kind, n, k, counts):
+def test_what_was_found_before_counts_and_grows(kind, n, k, counts, has_most):
     """In rows of one round and of two; of blocks that are no columns nothing is found."""
     gen = torch.Generator().manual_seed(n)
     score = ROWS[kind](gen, n).to(DEVICE)
@@ -427,10 +427,17 @@ def test_what_was_found_before_counts_and_grows(kind, n, k, counts):
     before = torch.rand(3, 2 * n + 3, generator=gen).to(DEVICE) * 4
     for given in ((extent, None), (None, names)):
         ours, theirs = (Memory(before.clone(), 0.25, counts) for _ in range(2))
+        if has_most:
+            ours, theirs = (m._replace(most=before / 4) for m in (ours, theirs))
         actual = kernels.recall_blocks(score, k, *given, True, ours, length)
         exact = reference.recall_blocks(score, k, *given, True, theirs, length)
         assert torch.equal(actual, exact)
         torch.testing.assert_close(ours.found, theirs.found)
+        if has_most:
+            torch.testing.assert_close(ours.most, theirs.most)
+            assert (theirs.most >= before / 4).all()
+            grew = given[1] is not None and kind in ("random", "tied", "sparse")
+            assert bool((theirs.most > before / 4).any()) == grew
         assert torch.equal(theirs.found, before) == (given[1] is None or kind in ("zeros", "tiny"))
         forgetful = reference.recall_blocks(score, k, *given, True)
         assert torch.equal(exact, forgetful) != counts or kind == "sparse"

@@ -5,7 +5,8 @@ import types
 import pytest
 import torch
 
-from csrc_triton.layout import KEPT, Memory, Tiles
+from csrc_triton import reference
+from csrc_triton.layout import KEPT, Memory, Tail, Tiles
 from vllm_reattention.memory import Memories
 
 SIZE = 16
@@ -88,6 +89,25 @@ def test_the_most_is_kept_where_there_is_much(memories):
     kept = row.topk(KEPT).indices
     assert again.count_nonzero() == KEPT < WIDTH
     torch.testing.assert_close(again[kept], row[kept] / 2)
+
+
+def test_at_a_prompts_end_the_most_of_all_layers_is_kept_and_what_stands_beside_it(memories):
+    tail = Tail(tiles_at((0, 1000, 9), (1, 0, 0), most=SIZE), torch.zeros(3), torch.zeros(2))
+    memories.keep_tail(tail, TABLE)  # where nothing is remembered
+    assert (memories.kept.position < 0).all()
+    memory = memories.of_layers(tail.tiles, TABLE)
+    assert memory.counts and not memory.most.any()
+    for score in (found((3, 2.0), (9, 0.5)), found((3, 1.5), (4, 1.9), (9, 0.7))):
+        row, nothing = score[None, None], torch.full((1, 1, WIDTH), -1.0)
+        scores = torch.cat((row.where(row > 0, -1.0), nothing))
+        names = torch.arange(WIDTH, dtype=torch.int32).expand(2, 1, -1)
+        reference.recall_blocks(scores, 4, None, names, True, memory, torch.ones(2))
+    assert torch.equal(memory.most[0], found((3, 2.0), (4, 1.9), (9, 0.7)))
+    torch.testing.assert_close(memory.found[0], found((3, 3.5), (4, 1.9), (9, 1.2)) / 4)
+    memories.keep_tail(tail._replace(memory=memory), TABLE)
+    again = recollect(memories, tiles_at((0, 1009, 1)))[0]
+    beside = found((2, 1.8), (3, 2.0), (4, 1.9), (5, 1.71), (8, 0.63), (9, 0.7), (10, 0.63))
+    torch.testing.assert_close(again, beside / 2)
 
 
 def test_a_prompts_last_token_alone_is_no_generated_one():

@@ -227,13 +227,15 @@ def test_layers_without_a_window_share_selections(windows, first, selecting):
 
     impls = {
         f"model.layers.{index}.self_attn.attn": SimpleNamespace(
-            window=window, selects=True, selects_last=False
+            window=window, selects=True, selects_last=False, is_last=False
         )
         for index, window in enumerate(windows, first)
     }
     assert _share_selections(impls, range(0, 100, 4)) == len(selecting)
     (last,) = (name for name, impl in impls.items() if impl.selects_last)
     assert last == f"model.layers.{selecting[-1]}.self_attn.attn"
+    full = [name for name, impl in impls.items() if not impl.window]
+    assert [name for name, impl in impls.items() if impl.is_last] == full[-1:]
     assert selecting == [
         first + place
         for place, impl in enumerate(impls.values())

@@ -213,7 +213,9 @@ def warm_up(
                 given = (scope, rotary, scale, out, soft_cap, sinks)
                 tail = None
                 if max_length > 1:  # all of them may lie at ends of prompts
-                    of_layers = memory and Memory(memory.found.clone(), 1.0, counts=True)
+                    of_layers = None
+                    if memory is not None:
+                        of_layers = Memory(memory.found.clone(), 1.0, True, memory.found.clone())
                     tail = Tail(tiles, nothing.long() - 1, nothing.long(), of_layers)
                 reattention(query, pages, table, tiles, *given, memory=memory, tail=tail)
                 if memory is not None:

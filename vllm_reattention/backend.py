@@ -155,6 +155,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.flash_attention = compat.flash_attention(head_size, sinks is not None, self.soft_cap)
         self.selects = True  # else it recalls what a layer before it did; set by the builder
         self.selects_last = False  # of the builder's layers
+        self.is_last = False  # of those without a window
         self.site: Site | None = None  # set when the layer is attached to its parent
         self.rope: Rope | None = None  # set once weights are loaded, and with it the next two
         self.rotary: Rotary
@@ -276,6 +277,8 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
                 if attn_metadata.watch is not None:
                     rest = scope, self.rotary, self.scale, self.soft_cap
                     attn_metadata.watch(query, pages, table, tiles, found, *rest)
+        if self.is_last:
+            attn_metadata.keep_tail()
         return output
 
     def _attend_fresh(

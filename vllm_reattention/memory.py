@@ -8,8 +8,10 @@ tells the token's position, too: what a page's user of long ago left is not take
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import Memory, Tiles, nothing_kept
+from csrc_triton.layout import Memory, Tail, Tiles, nothing_kept
 from vllm_reattention.attention import stages
+
+BESIDE = 0.9  # docs/fidelity.md
 
 
 class Memories:
@@ -45,8 +47,21 @@ class Memories:
 
     def of_layers(self, tiles: Tiles, block_table: Tensor) -> Memory:
         """For tiles of a Tail: anew, and what each layer finds counts for those behind it."""
-        return self.recollect(tiles, block_table, None)._replace(counts=True)
+        memory = self.recollect(tiles, block_table, None)
+        return memory._replace(counts=True, most=torch.zeros_like(memory.found))
 
     def keep(self, tiles: Tiles, block_table: Tensor, memory: Memory) -> None:
         """After a step's last selection."""
         self.stage.keep(self.kept, memory.found, block_table, tiles, self.block_size)
+
+    def keep_tail(self, tail: Tail, block_table: Tensor) -> None:
+        """After a step's last layer: the most that any found, for the tokens that answer."""
+        if tail.memory is not None and tail.memory.most is not None:
+            found = with_neighbours(tail.memory.most)
+            self.keep(tail.tiles, block_table, tail.memory._replace(found=found))
+
+
+def with_neighbours(found: Tensor) -> Tensor:
+    """Blocks count for nearly as much as those beside them: a fact may be cut by a block's end."""
+    beside = torch.nn.functional.max_pool1d(found[:, None], 3, stride=1, padding=1)[:, 0]
+    return torch.maximum(found, BESIDE * beside)

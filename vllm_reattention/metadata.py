@@ -67,6 +67,11 @@ class ReAttentionMetadata:
         if self.memories is not None:
             self.memories.keep(self.tiles[index], self.block_table, self.found[index])
 
+    def keep_tail(self) -> None:
+        """Instead, where prompts end, once the last layer has."""
+        if self.memories is not None and self.tail is not None:
+            self.memories.keep_tail(self.tail, self.block_table)
+
 
 def scope_of(vllm_config: VllmConfig, block_size: int) -> Scope:
     """What the tokens of a model as it is served attend to."""
@@ -291,15 +296,16 @@ def _share_selections(impls: dict[str, Any], layers: tuple[int, ...]) -> int:
 
     A layer's number is in its name; so pipelines whose stages begin with one of them select alike.
     """
-    last, selecting = None, []
+    last, selecting, full = None, [], []
     for index, (name, impl) in enumerate(impls.items()):
         if not impl.window:
+            full.append(impl)
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
             group = bisect.bisect_right(layers, numbers[0] if numbers else index)
             impl.selects, last = group != last, group
             selecting += [impl] if impl.selects else []
-    if selecting:
-        selecting[-1].selects_last = True
+    if full:
+        selecting[-1].selects_last, full[-1].is_last = True, True
     return len(selecting)
 
 
