@@ -222,6 +222,35 @@ def generate_and_tails(*args, **options) -> tuple[list[list[list[int]]], set[tup
         return generate(*args, **options)[0], found
 
 
+def left_by_ends(*args, **options) -> dict[int, tuple[list[float], list[float]]]:
+    """By the position behind a prompt's end: what its layers found, by block, and what the first
+    token that the model wrote knew."""
+    from vllm_reattention.memory import Memories
+
+    found, known = {}, {}
+    keep_tail, recollect = Memories.keep_tail, Memories.recollect
+
+    def kept(self, tail, block_table):
+        for row, length, position in zip(tail.memory.most, *tail.tiles[2:4], strict=True):
+            if length:
+                found[int(position + length)] = row.tolist()
+        return keep_tail(self, tail, block_table)
+
+    def told(self, tiles, block_table, is_generated):
+        memory = recollect(self, tiles, block_table, is_generated)
+        if is_generated is not None:
+            for row, position in zip(memory.found, tiles.position.tolist(), strict=True):
+                known.setdefault(position, row.tolist())
+        return memory
+
+    with (
+        mock.patch.object(Memories, "keep_tail", kept),
+        mock.patch.object(Memories, "recollect", told),
+    ):
+        generate(*args, **options)
+    return {at: (found[at], known[at]) for at in found if at in known}
+
+
 class Report(NamedTuple):
     """What an engine said, and how it came to say it."""
 
