@@ -94,7 +94,8 @@ def test_an_answer_begins_with_what_the_question_found(folder, engine):
     """In any layer, and the blocks beside it, a little less; for nothing where nothing selects."""
     model, prompts = make("llama", folder), [LONG[0], LONG[0][:180]]
     options = {"additional_config": {"reattention": SIZES | dict(select_every=2)}}
-    left = engine(engines.left_by_ends, model, [prompts], max_num_batched_tokens=160, **options)
+    batches = [[prompt] for prompt in prompts]  # one after the other: none ends in a lone token
+    left = engine(engines.left_by_ends, model, batches, max_num_batched_tokens=160, **options)
     assert set(left) == {len(prompt) for prompt in prompts}
     for at, (found, known) in left.items():
         beside = [max(found[max(i - 1, 0) : i + 2]) for i in range(len(found))]
