@@ -91,19 +91,17 @@ def test_every_layer_selects_for_the_end_of_a_prompt(folder, engine):
 
 
 def test_an_answer_begins_with_what_the_question_found(folder, engine):
-    """In any layer, and the blocks beside it, a little less; for nothing where nothing selects."""
-    model, prompts = make("llama", folder), [LONG[0], LONG[0][:180]]
+    """In any layer, and the blocks beside it, a little less."""
     options = {"additional_config": {"reattention": SIZES | dict(select_every=2)}}
-    batches = [[prompt] for prompt in prompts]  # one after the other: none ends in a lone token
-    left = engine(engines.left_by_ends, model, batches, max_num_batched_tokens=160, **options)
-    assert set(left) == {len(prompt) for prompt in prompts}
-    for at, (found, known) in left.items():
-        beside = [max(found[max(i - 1, 0) : i + 2]) for i in range(len(found))]
-        counts = [max(own, 0.9 * other) for own, other in zip(found, beside, strict=True)]
-        last = (at - 1) // 32  # of its own block and those behind it nothing is kept
-        assert known[:last] == pytest.approx([0.8 * value for value in counts[:last]])
-        assert not any(known[last:])
-        assert (max(found) > 0) == (at == len(LONG[0]))
+    options |= dict(max_num_batched_tokens=160)
+    left = engine(engines.left_by_ends, make("llama", folder), [LONG], **options)
+    ((found, known),) = left.values()
+    assert list(left) == [1100] and max(found) > 0
+    beside = [max(found[max(i - 1, 0) : i + 2]) for i in range(len(found))]
+    counts = [max(own, 0.9 * other) for own, other in zip(found, beside, strict=True)]
+    last = 1099 // 32  # of its own block and those behind it nothing is kept
+    assert known[:last] == pytest.approx([0.8 * value for value in counts[:last]])
+    assert not any(known[last:])
 
 
 def test_a_vllm_that_does_not_tell_how_long_prompts_are_is_named(folder):
