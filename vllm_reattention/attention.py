@@ -78,23 +78,28 @@ def select(
     is_tail = shared is not None
     length = summed_over(tiles, is_tail)
 
-    def recall(score: Tensor, num_recalled: int, *of: Tensor | None) -> Tensor:
+    def recall(
+        score: Tensor,
+        num_recalled: int,
+        extent: Tensor | None = None,
+        blocks: Tensor | None = None,
+        shared: Tensor | None = None,
+    ) -> Tensor:
         if scope.per_layer and add_up is not None:
             score = add_up(score.sum(1, keepdim=True))
-        extent, blocks, shared = of
         given = (scope.per_layer, memory, length, shared)
         return stage.recall_blocks(score, num_recalled, extent, blocks, *given)
 
     if not scope.candidate_blocks:
-        return recall(score, scope.recall_blocks, extent, None, None)
+        return recall(score, scope.recall_blocks, extent)
     count = scope.candidate_blocks - (0 if shared is None else shared.shape[-1])
-    candidates = recall(score, count, extent, None, None)
+    candidates = recall(score, count, extent)
     if shared is not None:
         candidates = both(candidates, shared)
     refined = stage.refine_scores(
         query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap, is_tail
     )
-    return recall(refined, scope.recall_blocks, None, candidates, shared)
+    return recall(refined, scope.recall_blocks, blocks=candidates, shared=shared)
 
 
 def both(blocks: Tensor, others: Tensor) -> Tensor:

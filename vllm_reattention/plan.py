@@ -111,7 +111,7 @@ class Plan:
             row = self.kv_heads * (max_blocks + 2 * own.candidate_blocks + own.recall_blocks)
             row += heads * (max_blocks if max_length == 1 else max_length)
             row += heads * min(max_length, SELECTING_QUERIES) * own.listed
-            memories = 1 if max_length == 1 else 2  # of tiles, and of those at ends of prompts
+            memories = 1 if max_length == 1 else 3  # of tiles, and two at ends of prompts
             remembered = memories * num_tiles * max_blocks if scope.memory else 0
             most = max(most, 4 * (at_once * row + remembered))
         return max(most, turned)
