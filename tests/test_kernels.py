@@ -375,23 +375,24 @@ def test_recall_among_named_blocks(kind):
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("n,k,shares", [(40, 3, 3), (40, 7, 3), (959, 47, 47), (5000, 60, 9)])
 def test_what_is_shared_comes_before_all_but_the_best(kind, n, k, shares, per_layer):
-    """The best of it, where it is more than there is room for; else others follow."""
+    """The best of it, where it is more than there is room for; else others follow; by row."""
     gen = torch.Generator().manual_seed(n)
     score, rows = ROWS[kind](gen, n).to(DEVICE), 1 if per_layer else 2
     names = torch.randperm(2 * n, generator=gen)[:n].sort().values
-    shared = [*names[torch.randperm(n, generator=gen)[:shares]].tolist(), 2 * n, -1]  # no names
+    picked = torch.rand(3, rows, n, generator=gen).argsort(-1)[..., :shares]
+    unnamed = torch.tensor([2 * n, -1]).expand(3, rows, -1)
+    shared = torch.cat((names[picked], unnamed), -1).int().to(DEVICE)
     blocks = names.int().expand(3, rows, -1).contiguous().to(DEVICE)
-    of_all = torch.tensor(shared).int().expand(3, rows, -1).contiguous().to(DEVICE)
     given = (None, blocks, per_layer, None, None)
-    recalled = reference.recall_blocks(score, k, *given, of_all)
-    assert torch.equal(kernels.recall_blocks(score, k, *given, of_all), recalled)
+    recalled = reference.recall_blocks(score, k, *given, shared)
+    assert torch.equal(kernels.recall_blocks(score, k, *given, shared), recalled)
     best = reference.recall_blocks(score, layout.own_part(k), *given)
     total = score.sum(1, keepdim=True) if per_layer else score
-    flat = (of.flatten(0, 1).tolist() for of in (recalled, best, total))
-    for chosen, own, scores in zip(*flat, strict=True):
+    flat = (of.flatten(0, 1).tolist() for of in (recalled, best, total, shared))
+    for chosen, own, scores, others in zip(*flat, strict=True):
         of = {name: x for name, x in zip(names.tolist(), scores, strict=True) if x >= 0}
         chosen, own = set(chosen) - {-1}, set(own) - {-1}
-        theirs = (of.keys() & set(shared)) - own
+        theirs = (of.keys() & set(others)) - own
         assert own <= chosen <= of.keys() and len(chosen) == min(k, len(of))
         assert len(chosen & theirs) == min(k - len(own), len(theirs))
         for group in (theirs, of.keys() - theirs - own):

@@ -179,7 +179,7 @@ def launch_everything() -> None:
         memory = None
         if case.scope.per_layer:
             found = torch.zeros((len(inputs.tiles.row), inputs.block_table.shape[1]), device=DEVICE)
-            memory = Memory(found, 0.5, counts=True)
+            memory = Memory(found, 0.5, counts=True, most=found.clone())
         given = (*inputs.score_args(), out, case.soft_cap, inputs.sinks)
         attention.reattention(*given, memory=memory)
         positions = torch.arange(len(out), dtype=torch.int32, device=DEVICE)
