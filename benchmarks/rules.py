@@ -274,15 +274,14 @@ class Study:
             tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
         is_tail = self.shared is not None
-        told = scope.per_layer, memory, attention.summed_over(tiles, is_tail)
+        length = attention.summed_over(tiles, is_tail)
         if self.rule in EXACT:
             score = self._exact(query, layer.key, tiles, scale)
             column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
             # all are candidates, or nothing found would join the memory
             every = column.expand(score.shape[0], 1 if scope.per_layer else self.kv_heads, -1)
-            told = scope.per_layer, memory if self.rule in SHARES else None, told[2]
-            given = scope.recall_blocks, None, every.contiguous()
-            return stage.recall_blocks(score, *given, *told, self.shared)
+            told = scope.per_layer, memory if self.rule in SHARES else None, length, self.shared
+            return stage.recall_blocks(score, scope.recall_blocks, None, every.contiguous(), *told)
         if self.rule == "mean":
             turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
             query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
@@ -294,7 +293,9 @@ class Study:
         column = torch.arange(score.shape[-1], device=score.device)
         can = (column >= scope.global_blocks) & (column < extent[:, None, None])
         score = self._changed(torch.where(can, score, 0), can)
+        told = scope.per_layer, memory, length
         count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
+        count -= 0 if self.shared is None else self.shared.shape[-1]  # as `select` has it
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
         if self.shared is not None:
             candidates = attention.both(candidates, self.shared)
@@ -305,8 +306,8 @@ class Study:
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
         score = self._changed(score, can)
         score = torch.where(of_each >= 0, score.gather(-1, named), -1.0)
-        told = *told, self.shared
-        return stage.recall_blocks(score, scope.recall_blocks, None, candidates, *told)
+        given = scope.recall_blocks, None, candidates
+        return stage.recall_blocks(score, *given, *told, self.shared)
 
     def _changed(self, score: Tensor, can: Tensor) -> Tensor:
         """Scores of the blocks that can be recalled, changed as the rule says."""

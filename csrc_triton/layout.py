@@ -94,7 +94,7 @@ class Scope(NamedTuple):
         return candidates + self.global_blocks + PROBES if candidates else 0
 
     def for_tail(self) -> "Scope":
-        """Of the few tiles of a Tail, where more candidates are cheap, with what is shared."""
+        """Of the few tiles of a Tail. More candidates are cheap there; the shared are of them."""
         if not self.candidate_blocks:
             return self
         return self._replace(candidate_blocks=max(self.candidate_blocks, TAIL_CANDIDATES))
