@@ -16,7 +16,8 @@ of the trained window and nothing is left out. So the heads that do the finding 
 served      what the settings say: so each rule below but for what it says
 all         by all queries of a tile, not every fourth
 wide        with eight times as many candidates
-shared      with prompts' last tiles as all others: what one layer recalls is that of four
+shared      with prompts' last tiles as all others: what one layer recalls is that of four, and
+            candidates come before their shares
 each        by every layer for itself, whatever it reads or writes
 exact       shares from every key
 mean        by the logits' mean over all distances in the scope, not without positions
@@ -37,6 +38,7 @@ only        the needle's blocks and no others, from the question on
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -79,8 +81,6 @@ class Layer(NamedTuple):
 
 class Study:
     """A model with ReAttention by a rule, over one request that grows."""
-
-    shared: Tensor | None = None  # what tiles of a prompt's end share, while they select
 
     def __init__(self, model: str, device: str, dtype: torch.dtype):
         from transformers import AttentionInterface, AutoModelForCausalLM
@@ -239,13 +239,35 @@ class Study:
     def _select_for_tail(
         self, index: int, query: Tensor, tiles: Tiles, shared: Tensor, scale: float
     ) -> Tensor:
-        scope, self.scope, self.shared = self.scope, self.scope.for_tail(), shared
-        if index == 0 and scope.memory:
+        layer, rule, stage = self.layers[index], self.rule, attention.stages(query.device)
+        if index == 0 and self.scope.memory:
             self.found_by_tail = self.memories.of_layers(tiles, self.table)
-        try:
-            return self._select(query, self.layers[index], tiles, scale, self.found_by_tail)
-        finally:
-            self.scope, self.shared = scope, None
+        if rule == "only":
+            return self._needle_alone(tiles)
+
+        def exact_scores(query: Tensor, pages: Pages, table: Tensor, some: Tiles, *rest):
+            if rule == "all":
+                some = tiles
+            score, extent = stage.exact_scores(query, pages, table, some, *rest)
+            if rule in EXACT:
+                score = self._exact(query, layer.key, some, scale, highest=True)
+            elif rule in ("spread", "recent"):
+                score = self._changed(score, self._can_recall(score, extent))
+            return score, extent
+
+        recalled = attention.select_for_tail(
+            self._flattened(query),
+            layer.pages,
+            self.table,
+            tiles,
+            shared,
+            self.scope,
+            self.rotary,
+            scale,
+            memory=None if rule in EXACT and rule not in SHARES else self.found_by_tail,
+            stage=SimpleNamespace(exact_scores=exact_scores, recall_blocks=stage.recall_blocks),
+        )
+        return self._with_needle(recalled, tiles) if rule == "oracle" else recalled
 
     def _select_for_all(
         self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
@@ -268,49 +290,53 @@ class Study:
         scope, rotary = self.scope.of(tiles.max_length), self.rotary
         stage = attention.stages(query.device)
         if self.rule == "only":
-            return self.blocks.expand(tiles.row.shape[0], 1, -1).contiguous()
+            return self._needle_alone(tiles)
         whole = tiles
         if self.rule != "all":
             tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
-        is_tail = self.shared is not None
-        length = attention.summed_over(tiles, is_tail)
         if self.rule in EXACT:
-            score = self._exact(query, layer.key, tiles, scale)
+            score = self._exact(query, layer.key, tiles, scale, highest=self.rule == "max")
             column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
             # all are candidates, or nothing found would join the memory
             every = column.expand(score.shape[0], 1 if scope.per_layer else self.kv_heads, -1)
-            told = scope.per_layer, memory if self.rule in SHARES else None, length, self.shared
+            told = scope.per_layer, memory if self.rule in SHARES else None, tiles.length
             return stage.recall_blocks(score, scope.recall_blocks, None, every.contiguous(), *told)
-        if self.rule == "mean":
-            turns = rotary.cos_sin[: scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
-            query = rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
+        query = self._flattened(query)
         if self.rule in (*ASKED, "mean"):
-            given = (query, *common, scope, rotary, scale)
-            recalled = attention.select(*given, memory=memory, shared=self.shared)
+            recalled = attention.select(query, *common, scope, rotary, scale, memory=memory)
             return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
         score, extent = stage.score_blocks(query, *common, scope, rotary, scale)
-        column = torch.arange(score.shape[-1], device=score.device)
-        can = (column >= scope.global_blocks) & (column < extent[:, None, None])
-        score = self._changed(torch.where(can, score, 0), can)
-        told = scope.per_layer, memory, length
+        can = self._can_recall(score, extent)
+        score = self._changed(score, can)
+        told = scope.per_layer, memory, tiles.length
         count = (8 if self.rule == "wide" else 1) * scope.candidate_blocks
-        count -= 0 if self.shared is None else self.shared.shape[-1]  # as `select` has it
         candidates = stage.recall_blocks(score, min(count, score.shape[-1]), extent, None, *told)
-        if self.shared is not None:
-            candidates = attention.both(candidates, self.shared)
         of_each = candidates.expand(-1, self.kv_heads, -1)
         named = of_each.clamp(min=0).long()
-        given = (candidates, scope, rotary, scale)
-        refined = stage.refine_scores(query, *common, *given, highest=is_tail)
+        refined = stage.refine_scores(query, *common, candidates, scope, rotary, scale)
         score = torch.zeros_like(score).scatter_add_(-1, named, refined.clamp(min=0))
         score = self._changed(score, can)
         score = torch.where(of_each >= 0, score.gather(-1, named), -1.0)
-        given = scope.recall_blocks, None, candidates
-        return stage.recall_blocks(score, *given, *told, self.shared)
+        return stage.recall_blocks(score, scope.recall_blocks, None, candidates, *told)
+
+    def _needle_alone(self, tiles: Tiles) -> Tensor:
+        return self.blocks.expand(tiles.row.shape[0], 1, -1).contiguous()
+
+    def _flattened(self, query: Tensor) -> Tensor:
+        """With the rule "mean" as it is on the average at the distances in the scope."""
+        if self.rule != "mean":
+            return query
+        turns = self.rotary.cos_sin[: self.scope.blocks * BLOCK_SIZE].mean(0, keepdim=True)
+        return rotate_rows(query, torch.zeros(len(query), device=self.device), Rotary(turns))
+
+    def _can_recall(self, score: Tensor, extent: Tensor) -> Tensor:
+        column = torch.arange(score.shape[-1], device=score.device)
+        return (column >= self.scope.global_blocks) & (column < extent[:, None, None])
 
     def _changed(self, score: Tensor, can: Tensor) -> Tensor:
         """Scores of the blocks that can be recalled, changed as the rule says."""
+        score = torch.where(can, score, 0.0)
         if self.rule == "spread":
             beside = nn.functional.pad(score, (1, 1))
             score = score + (beside[..., :-2] + beside[..., 2:]) / 2
@@ -330,8 +356,13 @@ class Study:
         forced = torch.cat((others[..., : size - count], wanted), -1).sort(-1).values
         return torch.where(can.all(-1, keepdim=True), forced, recalled).to(torch.int32)
 
-    def _exact(self, query: Tensor, key: Tensor, tiles: Tiles, scale: float) -> Tensor:
-        """Shares of the position-free softmax from every key, [num_tiles, num_kv_heads, blocks]."""
+    def _exact(
+        self, query: Tensor, key: Tensor, tiles: Tiles, scale: float, highest: bool
+    ) -> Tensor:
+        """Shares of the position-free softmax from every key, [num_tiles, num_kv_heads, blocks].
+
+        highest  of a tile's rows, instead of the sum over them
+        """
         scope, heads, most = self.scope, self.kv_heads, tiles.max_length
         group, blocks = query.shape[1] // heads, key.shape[0] // BLOCK_SIZE
         keys, num_tiles = key.permute(1, 2, 0), tiles.row.shape[0]
@@ -365,7 +396,6 @@ class Study:
             total = mass.logsumexp(-1, keepdim=True)
             share = (mass - total).clamp(max=0).exp().nan_to_num_()
             share *= counts.repeat_interleave(group, 1)[None, :, :, None]
-            highest = self.rule == "max" or self.shared is not None
             share = share.amax(2) if highest else share.sum(2)
             can[:, : scope.global_blocks] = False
             score[part] = torch.where(can[:, None], share.transpose(0, 1), -1.0)

@@ -1,6 +1,7 @@
 """The stages as Triton kernels, under the names reference.py gives them."""
 
 from csrc_triton.attend import attend
+from csrc_triton.exact import exact_scores
 from csrc_triton.recall import recall_blocks
 from csrc_triton.recollect import keep, recollect
 from csrc_triton.refine import refine_scores
@@ -10,6 +11,7 @@ from csrc_triton.write import write_kv
 
 __all__ = [
     "attend",
+    "exact_scores",
     "keep",
     "recall_blocks",
     "recollect",

@@ -47,8 +47,8 @@ SAMPLE_EVERY = 8  # see Scope.sample_from
 # global nor candidates. With them a denominator is right to 0.05 of its logarithm, where estimates
 # from summaries are off by 0.7 (docs/fidelity.md).
 PROBES = 64
-# At least, of a tile in a Tail: with a global block and the probes 1024, a power of two.
-TAIL_CANDIDATES = 959
+# Of a tile in a Tail, so many blocks, the best and the shared, are known to the layers behind.
+TAIL_FINDS = 1024
 # There, one recalled block in so many is what the layer finds best; the others are those of what
 # layers share that it finds best. A layer's own finds alone distract as well (docs/fidelity.md).
 OWN_PART = 4
@@ -92,12 +92,6 @@ class Scope(NamedTuple):
         """How many blocks' keys tell the shares of a tile's candidates; 0: summaries tell them."""
         candidates = self.candidate_blocks
         return candidates + self.global_blocks + PROBES if candidates else 0
-
-    def for_tail(self) -> "Scope":
-        """Of the few tiles of a Tail. More candidates are cheap there; the shared are of them."""
-        if not self.candidate_blocks:
-            return self
-        return self._replace(candidate_blocks=max(self.candidate_blocks, TAIL_CANDIDATES))
 
     @property
     def blocks(self) -> int:

@@ -292,7 +292,6 @@ def refine_scores(
     rotary: Rotary,
     scale: float,
     soft_cap: float = 0.0,
-    highest: bool = False,
 ) -> Tensor:
     """The candidates' shares of the position-free softmax, from keys instead of summaries.
 
@@ -301,7 +300,6 @@ def refine_scores(
     between them.
 
     candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
-    highest     of a tile's rows, instead of the sum over them
     returns     [num_tiles, num_kv_heads, n] fp32; -1 where there is no candidate
     """
     num_kv_heads, block_size = pages.key.shape[1:3]
@@ -332,9 +330,44 @@ def refine_scores(
         stands_for[:, count + num_global :] = torch.where(is_candidate, 0.0, float(every))
         total = (mass + stands_for.log().to(mass.dtype)[:, None]).logsumexp(dim=-1, keepdim=True)
         shares = (mass[..., :count] - total).exp()
-        share = shares.amax(dim=1) if highest else shares.sum(dim=1)
-        score[tile] = torch.where(wanted >= 0, share, -1.0)
+        score[tile] = torch.where(wanted >= 0, shares.sum(dim=1), -1.0)
     return score
+
+
+def exact_scores(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Each block's share of the position-free softmax over all keys before the local blocks.
+
+    returns  score [num_tiles, num_kv_heads, max_blocks] fp32: the highest of the tile's rows, as
+             one that finds what it looks for should not be outweighed by many that look for
+             nothing; -1 where nothing can be recalled; extent [num_tiles] int32, as score_blocks
+    """
+    num_kv_heads, block_size = pages.key.shape[1:3]
+    num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    score = query.new_full((num_tiles, num_kv_heads, max_blocks), -1.0, dtype=wide)
+    extent = tiles.row.new_zeros(num_tiles)
+    for tile, (request, row, length, position) in enumerate(_rows(tiles)):
+        num_global, num_recalled, local = scope.slots(position // block_size, block_size)
+        if not length or not num_recalled:
+            continue
+        q = _tile_query(query, row, length, num_kv_heads, rotary, tiles.step) * scale
+        stored = _wide(pages.key[block_table[request, :local].long()]).to(q.dtype)
+        raw = _unrotate(stored * pages.key_scale, rotary.cos_sin[:block_size])
+        logits = cap_logits(torch.einsum("hrd,nhbd->hrnb", q, raw), soft_cap)
+        mass = logits.logsumexp(dim=-1)
+        shares = (mass - mass.logsumexp(dim=-1, keepdim=True)).exp().amax(dim=1)
+        score[tile, :, num_global:local] = shares[:, num_global:]
+        extent[tile] = local
+    return score, extent
 
 
 def attend(

@@ -9,8 +9,6 @@ The blocks are the candidates, then the global ones, then probes: equally spaced
 what all the others weigh. A second kernel adds them up to each row's denominator.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -50,7 +48,12 @@ def _listed_block(
     entry, candidate_ptr, num_candidates, selects, local, every,
     GLOBAL: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of entries of the list [candidates | global | probes]; -1: none."""
+    """The blocks of entries of the list [candidates | global | probes]; -1: none.
+
+    Without candidates, of a list of all blocks before local.
+    """
+    if candidate_ptr is None:
+        return tl.where(selects & (entry < local), entry, -1)
     named = tl.load(candidate_ptr + entry, mask=entry < num_candidates, other=-1)
     beside = entry - num_candidates
     probe = GLOBAL + (beside - GLOBAL) * every
@@ -60,7 +63,7 @@ def _listed_block(
 
 
 @triton.jit
-def _refine_mass_kernel(
+def _key_mass_kernel(
     query_ptr,  # [num_tokens, num_heads, head_size]
     key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, head_size]
     block_table_ptr,  # [num_requests, max_blocks]
@@ -68,7 +71,7 @@ def _refine_mass_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
-    candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
+    candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates], or null: all blocks
     cos_sin_ptr,  # [num_positions, 2, half]
     mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
     scale,  # of the logits, times the keys' scale
@@ -112,7 +115,8 @@ def _refine_mass_kernel(
     first_row = tl.load(row_ptr + tile_idx)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     wait_for_previous(EARLY)
-    candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
+    if candidate_ptr is not None:
+        candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
     first_entry = tl.program_id(2) * BLOCKS
 
     # lanes are (offset, row), keys (block, offset); only what has one offset belongs together
@@ -193,7 +197,6 @@ def _refined_share_kernel(
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     LISTED: tl.constexpr,
-    HIGHEST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     tile_idx = tl.program_id(0).to(tl.int64)
@@ -223,55 +226,44 @@ def _refined_share_kernel(
             mass = tl.exp2(mass - tl.max(mass, axis=1)[:, None])
             total = tl.sum(mass * stands_for[None, :], axis=1)
             share = tl.minimum(tl.where(mask, mass / total[:, None], 0.0), 1.0)
-            if HIGHEST:
-                score = tl.maximum(score, tl.max(share, axis=0))
-            else:
-                score += tl.sum(share, axis=0)
+            score += tl.sum(share, axis=0)
     score_ptr += out_row * num_candidates + entry_offs
     tl.store(score_ptr, tl.where(block >= 0, score, -1.0), mask=entry_offs < num_candidates)
 
 
-def refine_scores(
+def key_mass(
     query: Tensor,
     pages: Pages,
     block_table: Tensor,
     tiles: Tiles,
-    candidates: Tensor,
+    candidates: Tensor | None,
     scope: Scope,
     rotary: Rotary,
     scale: float,
-    soft_cap: float = 0.0,
-    highest: bool = False,
+    soft_cap: float,
 ) -> Tensor:
-    """The candidates' shares of the position-free softmax, from keys.
+    """log2 of the sum of e to the logits of the keys of each listed block, by row of the tile.
 
-    query       [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
-    candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
-    highest     of a tile's rows, instead of the sum over them
-    returns     [num_tiles, num_kv_heads, n] fp32; negative where there is no candidate
+    candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; None: all blocks are listed
+    returns     [num_tiles, num_kv_heads, max_length * group, num_listed] fp32, undefined where no
+                block or row is
     """
     num_kv_heads, block_size, head_size = pages.key.shape[1:]
     group = query.shape[1] // num_kv_heads
-    num_tiles, _, num_candidates = candidates.shape
-    num_listed = num_candidates + scope.global_blocks + PROBES
-    max_rows = tiles.max_length * group
+    num_tiles, max_rows = len(tiles.row), tiles.max_length * group
+    if candidates is None:
+        num_candidates, strides = 0, (0, 0)
+        num_listed = triton.cdiv(block_table.shape[1], 16) * 16  # one kernel for all lengths
+    else:
+        num_candidates, strides = candidates.shape[-1], row_strides(candidates)
+        num_listed = num_candidates + scope.global_blocks + PROBES
     rows = min(triton.next_power_of_2(max_rows), 128)
     at_once, warps, stages = _tile_sizes(rows, head_size)
-    fp32: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    mass = torch.empty((num_tiles, num_kv_heads, max_rows, num_listed), **fp32)
-    fixed = {
-        "GROUP": group,
-        "BLOCK_SIZE": block_size,
-        "GLOBAL": scope.global_blocks,
-        "RECALL": scope.recall_blocks,
-        "LOCAL": scope.local_blocks,
-        "DENSE": scope.dense_blocks,
-        "PROBES": PROBES,
-        "MAX_ROWS": max_rows,
-        **early_launch(query.device),
-    }
+    mass = torch.empty(
+        (num_tiles, num_kv_heads, max_rows, num_listed), dtype=torch.float32, device=query.device
+    )
     grid = (num_tiles, num_kv_heads, triton.cdiv(num_listed, at_once))
-    _refine_mass_kernel[grid](
+    _key_mass_kernel[grid](
         query,
         pages.key,
         block_table,
@@ -289,11 +281,19 @@ def refine_scores(
         block_table.stride(0),
         pages.key.stride(0),
         pages.key.stride(1),
-        *row_strides(candidates),
+        *strides,
         HEAD_SIZE=head_size,
         HALF=rotary.half,
         INTERLEAVED=rotary.interleaved,
+        GROUP=group,
         STEP=tiles.step,
+        BLOCK_SIZE=block_size,
+        GLOBAL=scope.global_blocks,
+        RECALL=scope.recall_blocks,
+        LOCAL=scope.local_blocks,
+        DENSE=scope.dense_blocks,
+        PROBES=PROBES,
+        MAX_ROWS=max_rows,
         ROWS=rows,
         OFFSETS=max(16 // rows, 1),
         BLOCKS=at_once,
@@ -301,9 +301,33 @@ def refine_scores(
         PAD_HEAD=max(triton.next_power_of_2(head_size), 16),
         STAGES=stages,
         num_warps=warps,
-        **fixed,
+        **early_launch(query.device),
     )
-    score = torch.empty((num_tiles, num_kv_heads, num_candidates), **fp32)
+    return mass
+
+
+def refine_scores(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    candidates: Tensor,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """The candidates' shares of the position-free softmax, from keys.
+
+    query       [num_tokens, num_heads, head_size] bf16 | fp16, not rotated
+    candidates  [num_tiles, num_kv_heads or 1, n] int32 block ids; negative: none
+    returns     [num_tiles, num_kv_heads, n] fp32; negative where there is no candidate
+    """
+    mass = key_mass(query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap)
+    num_tiles, num_kv_heads, max_rows, num_listed = mass.shape
+    num_candidates = candidates.shape[-1]
+    shape = num_tiles, num_kv_heads, num_candidates
+    score = torch.empty(shape, dtype=torch.float32, device=query.device)
     _refined_share_kernel[(num_tiles, num_kv_heads)](
         tiles.length,
         tiles.position,
@@ -313,11 +337,18 @@ def refine_scores(
         num_candidates,
         num_listed,
         *row_strides(candidates),
+        GROUP=query.shape[1] // num_kv_heads,
+        BLOCK_SIZE=pages.block_size,
+        GLOBAL=scope.global_blocks,
+        RECALL=scope.recall_blocks,
+        LOCAL=scope.local_blocks,
+        DENSE=scope.dense_blocks,
+        PROBES=PROBES,
+        MAX_ROWS=max_rows,
         ROWS=min(triton.next_power_of_2(max_rows), SHARE_ROWS),
         LISTED=triton.next_power_of_2(num_listed),
-        HIGHEST=highest,
         num_warps=4,
-        **fixed,
+        **early_launch(query.device),
     )
     return score
 

@@ -479,7 +479,7 @@ def study() -> rules.Study:
 
 
 @pytest.mark.parametrize("highest", [False, True])
-def test_exact_shares_are_those_that_refining_all_blocks_tells(study, highest, monkeypatch):
+def test_exact_shares_are_those_that_the_stages_tell_of_all_blocks(study, highest):
     prompts = Prompts(str(TINY))
     tokens = prompts.make("tiny", 420, 0.3, "1").tokens
     study.read(tokens, 2, dict(global_size=32, local_size=64, recall_size=64), "exact")
@@ -490,13 +490,14 @@ def test_exact_shares_are_those_that_refining_all_blocks_tells(study, highest, m
     tiles = prefill_tiles(starts, starts, starts[1:], 0, rules.BLOCK_SIZE)
     tiles = attention.selecting(tiles.part(0, int((tiles.length > 0).sum())))
     assert tiles.step == 4
-    blocks_of_others = torch.zeros((len(tiles.row), 1, 2), dtype=torch.int32)
-    monkeypatch.setattr(study, "shared", blocks_of_others if highest else None)
-    exact = study._exact(query, layer.key, tiles, 0.3)
+    exact = study._exact(query, layer.key, tiles, 0.3, highest)
     blocks = torch.where(exact >= 0, torch.arange(exact.shape[-1]), -1).int()
     assert (blocks >= 0).sum() > 10
-    given = query, layer.pages, study.table, tiles, blocks, scope, study.rotary, 0.3
-    told = reference.refine_scores(*given, highest=highest)
+    common, rest = (query, layer.pages, study.table, tiles), (scope, study.rotary, 0.3)
+    if highest:
+        told, _ = reference.exact_scores(*common, *rest)
+    else:
+        told = reference.refine_scores(*common, blocks, *rest)
     torch.testing.assert_close(exact, told, rtol=1e-3, atol=1e-4)
 
 
@@ -506,13 +507,18 @@ def test_exact_shares_are_those_that_refining_all_blocks_tells(study, highest, m
 def test_every_rule_recalls_what_it_may(study, rule, scorer, monkeypatch):
     """By each tile as many blocks as it may, between global and local, in order, and no other."""
     recalls = []
-    select = rules.Study._select
+    select, select_for_tail = rules.Study._select, rules.Study._select_for_tail
 
     def kept(*given):
         recalls.append((given[3], select(*given)))
         return recalls[-1][1]
 
+    def kept_of_tail(*given):
+        recalls.append((given[3], select_for_tail(*given)))
+        return recalls[-1][1]
+
     monkeypatch.setattr(rules.Study, "_select", kept)
+    monkeypatch.setattr(rules.Study, "_select_for_tail", kept_of_tail)
     prompts = Prompts(str(TINY))
     prompt = prompts.make("tiny", 300, 0.3, "0")
     settings = dict(global_size=32, local_size=64, recall_size=64, dense_limit=160, scorer=scorer)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from csrc_triton import attend, kernels, layout, reference, refine
+from csrc_triton import exact as exact_module
 from csrc_triton.layout import KEPT, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 from tests.cases import Case
 from vllm_reattention import attention, mass
@@ -125,11 +126,10 @@ def test_score_blocks(case, dtype):
     torch.testing.assert_close(actual.double(), exact, rtol=0.04, atol=0.01)
 
 
-@pytest.mark.parametrize("highest", [False, True], ids=["sum", "highest"])
 @pytest.mark.parametrize("probes", [layout.PROBES, 3])
 @each_selecting
 @each_dtype
-def test_refine_scores(case, dtype, probes, highest, monkeypatch):
+def test_refine_scores(case, dtype, probes, monkeypatch):
     """With few probes they stand for others, too, and some of them are candidates."""
     for module in (reference, refine):
         monkeypatch.setattr(module, "PROBES", probes)
@@ -140,11 +140,34 @@ def test_refine_scores(case, dtype, probes, highest, monkeypatch):
     candidates = reference.recall_blocks(
         score, scope.candidate_blocks, extent, per_layer=scope.per_layer
     )
-    args = (candidates, *inputs.score_args()[4:], case.soft_cap, highest)
+    args = (candidates, *inputs.score_args()[4:], case.soft_cap)
     with monkeypatch.context() as patch:  # scratch that nobody wrote must not count
         patch.setattr(torch, "empty", lambda size, **how: torch.full(size, float("nan"), **how))
         actual = kernels.refine_scores(*inputs.score_args()[:4], *args)
     exact = reference.refine_scores(*inputs.exact().score_args()[:4], *args)
+    torch.testing.assert_close(actual.double(), exact, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("columns", [exact_module.COLUMNS, 8])
+@each_selecting
+@each_dtype
+def test_exact_scores(case, dtype, columns, monkeypatch):
+    """In one part and in several."""
+    monkeypatch.setattr(exact_module, "COLUMNS", columns)
+    inputs = case.build(dtype, DEVICE)
+    inputs.write(reference.write_kv)
+    with monkeypatch.context() as patch:  # scratch that nobody wrote must not count
+        nothing = {torch.float32: float("nan"), torch.int32: -7}
+        patch.setattr(
+            torch,
+            "empty",
+            lambda size, dtype, **how: torch.full(size, nothing[dtype], dtype=dtype, **how),
+        )
+        score, extent = kernels.exact_scores(*inputs.score_args(), case.soft_cap)
+    exact, exact_extent = reference.exact_scores(*inputs.exact().score_args(), case.soft_cap)
+    assert torch.equal(extent, exact_extent) and extent.max() > 0
+    seen = torch.arange(score.shape[-1], device=DEVICE) < extent[:, None, None]
+    actual = torch.where(seen, score, -1.0)
     torch.testing.assert_close(actual.double(), exact, rtol=0.02, atol=0.01)
 
 
@@ -184,6 +207,10 @@ def test_shares_are_exact_where_all_keys_are_read(all_are, monkeypatch):
     shares = (query @ key.transpose(1, 2) * inputs.scale).softmax(-1)
     exact = shares.unflatten(-1, (-1, size)).sum(-1).sum(1)
     torch.testing.assert_close(score.double(), exact[:, 1 : 1 + count], rtol=1e-4, atol=1e-6)
+    highest, extent = reference.exact_scores(*args)
+    assert extent.tolist() == [local, 0] and (highest[0, :, 0] == -1).all()
+    most = shares.unflatten(-1, (-1, size)).sum(-1).amax(1)
+    torch.testing.assert_close(highest[0, :, 1:local], most[:, 1:], rtol=1e-4, atol=1e-6)
 
 
 def test_probes_tell_what_summaries_do_not():
@@ -613,16 +640,17 @@ def test_single_queries_recall_less(case, monkeypatch):
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("finds", [layout.TAIL_FINDS, 20])
 @pytest.mark.parametrize("candidates", [8, 0])
-def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
-    """With more candidates, whatever others recalled; for other tiles it does not."""
+def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
+    """The best of all blocks, the best of what is shared, others; for other tiles it does not."""
     case = Case(contexts=(600, 300), queries=(70, 40))
     inputs = case.build(torch.float16, DEVICE)
     inputs.write(reference.write_kv)
     monkeypatch.setattr(attention, "stages", lambda _: reference)
     query, pages, table, tiles, scope, *rest = inputs.score_args()
     scope = scope._replace(candidate_blocks=candidates)
-    monkeypatch.setattr(layout, "TAIL_CANDIDATES", 20)
+    monkeypatch.setattr(attention, "TAIL_FINDS", finds)
     lengths = torch.tensor([600, 350], dtype=torch.int32, device=DEVICE)  # the second goes on
     monkeypatch.setattr(tiles_module, "TAIL", 32)
     tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
@@ -632,11 +660,14 @@ def test_for_a_tail_each_layer_selects(candidates, monkeypatch):
     theirs = torch.full_like(attention.select(*given, scope, *rest), 3)
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
     recalled = attention.reattention(*given, scope, *rest, out, recalled=theirs, tail=tail)
-    wide = scope._replace(candidate_blocks=20 if candidates else 0)
-    own = attention.select(*given, wide, *rest, shared=theirs)
-    assert torch.equal(recalled[is_tail], own[is_tail])
     assert (recalled[~is_tail] == 3).all()
-    assert not (own[is_tail] == 3).all()
+    some = (query, pages, table, attention.selecting(tiles))
+    score, _ = reference.exact_scores(*some, scope, *rest)
+    for tile in is_tail.nonzero().flatten().tolist():
+        for of_head, scores in zip(recalled[tile].tolist(), score[tile], strict=True):
+            first, *others = scores.argsort(descending=True).tolist()
+            expected = list(dict.fromkeys((first, 3, *others)))[: len(of_head)]
+            assert of_head == sorted(expected)
     reference.attend(*given, recalled, scope, *rest, other)
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
@@ -651,22 +682,16 @@ def test_layers_of_a_tail_add_up_what_they_find(stage):
     tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
     found = torch.zeros((len(tail.tiles.row), table.shape[1]), device=DEVICE)
     tail = tail._replace(memory=Memory(found, 0.5, counts=True))
-    given, wide = (pages, table, tail.tiles), scope.for_tail()
 
     def of_one(query: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
         common = pages, table, tiles, scope, *rest
         shared = attention.select(query, *common, stage=stage)[tail.source]
         memory = Memory(found, 0.5, counts=True)
-        told = 0.0, None, memory, stage, shared
-        return attention.select(query, *given, wide, *rest, *told)
+        given = query, pages, table, tail.tiles, shared, scope, *rest
+        return attention.select_for_tail(*given, 0.0, None, memory, stage)
 
-    last = tail.tiles.position // case.block_size
-    block = torch.arange(table.shape[1], dtype=torch.int32, device=DEVICE)
-    can = (block >= 1) & (block < (last - scope.local_blocks + 1)[:, None])
-    can &= ((tail.tiles.length > 0) & (last >= scope.dense_blocks))[:, None]
-    every = torch.where(can, block, -1)[:, None].int()  # fewer than there may be candidates
-    some = pages, table, attention.selecting(tail.tiles), every, wide
-    shares = reference.refine_scores(query, *some, *rest, highest=True)
+    some = pages, table, attention.selecting(tail.tiles), scope
+    shares, _ = reference.exact_scores(query, *some, *rest)
 
     out, is_tail = torch.empty_like(query), tail.of >= 0
     for layer_query in (query, -query):
@@ -677,7 +702,7 @@ def test_layers_of_a_tail_add_up_what_they_find(stage):
         assert torch.equal(recalled[is_tail], own[tail.of[is_tail]])
         torch.testing.assert_close(found, known)
         if layer_query is query:
-            expected = shares.float().sum(1).masked_fill(~can, 0.0)
+            expected = shares.float().clamp(min=0.0).sum(1)
             torch.testing.assert_close(found, expected / 2, rtol=2e-2, atol=2e-3)
     assert not torch.equal(own, of_one(layer_query, alone))
 
@@ -754,5 +779,7 @@ def test_warm_up_runs_every_stage_and_writes_nothing(scope, monkeypatch):
     counts = {1: {1, 5}, 16: {3}}
     given = (inputs.query, 2, cache_dtype, counts, 10, 16, scope, inputs.rotary, inputs.scale)
     attention.warm_up(*given)
-    selects = {"score_blocks", "recall_blocks", "refine_scores"} if scope.recall_blocks else set()
+    selects = set()
+    if scope.recall_blocks:
+        selects = {"score_blocks", "recall_blocks", "refine_scores", "exact_scores"}
     assert set(launched) == {"write_kv", "attend"} | selects

@@ -107,7 +107,7 @@ def test_times_add_up_over_workers_started_anew(folder):
     for seconds in ({"attend": 2.0}, {"attend": 1.0, "score_blocks": 0.5}):
         metrics.Counts("m", 0, 0).add_times(seconds, 100)
     told = {labels[-1]: value for labels, value in read("stage_seconds_total").items()}
-    assert told == {"score_blocks": 0.5, "recall_blocks": 0, "refine_scores": 0, "attend": 3}
+    assert told == dict.fromkeys(times.STAGES, 0) | {"score_blocks": 0.5, "attend": 3}
     assert read("timed_tokens_total") == {("m", "0", "0"): 200}
 
 

@@ -182,6 +182,7 @@ def launch_everything() -> None:
             memory = Memory(found, 0.5, counts=True, most=found.clone())
         given = (*inputs.score_args(), out, case.soft_cap, inputs.sinks)
         attention.reattention(*given, memory=memory)
+        kernels.exact_scores(*inputs.score_args(), case.soft_cap)
         positions = torch.arange(len(out), dtype=torch.int32, device=DEVICE)
         kernels.rotate_rows(inputs.query, positions, inputs.rotary)
         if memory is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tail, Tiles, nothing_kept
+from csrc_triton.layout import TAIL_FINDS, Memory, Pages, Rotary, Scope, Tail, Tiles, nothing_kept
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -28,12 +28,20 @@ def stages(device: torch.device) -> ModuleType:
 
 
 def tiles_per_run(
-    num_heads: int, num_kv_heads: int, max_length: int, max_blocks: int, scope: Scope
+    num_heads: int,
+    num_kv_heads: int,
+    max_length: int,
+    max_blocks: int,
+    scope: Scope,
+    is_tail: bool = False,
 ) -> int:
     """How many tiles the selection takes at once."""
-    per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
     rows = num_heads * min(max_length, SELECTING_QUERIES)
-    numbers = per_block * max_blocks + rows * scope.of(max_length).listed
+    if is_tail:
+        numbers = (rows + num_kv_heads) * max_blocks
+    else:
+        per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
+        numbers = per_block * max_blocks + rows * scope.of(max_length).listed
     # a multiple of 4: kernels are compiled once for rows that start on 16 bytes
     return max(4, SELECTION_BYTES // (4 * numbers) // 4 * 4)
 
@@ -41,11 +49,6 @@ def tiles_per_run(
 def selecting(tiles: Tiles) -> Tiles:
     """Those of the tiles' queries that select; the last of each is one of them."""
     return tiles.every(max(1, tiles.max_length // SELECTING_QUERIES))
-
-
-def summed_over(tiles: Tiles, is_tail: bool) -> Tensor:
-    """How many queries a tile's scores are sums over, [num_tiles]: memories take up their mean."""
-    return tiles.length.clamp(max=1) if is_tail else tiles.length
 
 
 def select(
@@ -60,46 +63,66 @@ def select(
     add_up: Callable[[Tensor], Tensor] | None = None,
     memory: Memory | None = None,
     stage: Any = None,
-    shared: Tensor | None = None,
 ) -> Tensor:
     """Recalled blocks of each tile: [num_tiles, num_kv_heads or 1, recalled] int32, ascending.
 
     As many as the scope of such tiles recalls (Scope.of). One row for all KV heads if they recall
     the same (Scope.per_layer); `add_up` then sums scores over the processes that have a share of
     the heads each, and `memory` takes up what was found. `stage` has the stages to call instead of
-    this device's. `shared`, of tiles of a Tail: what is recalled for them as for all others. These
-    blocks are candidates, too, and come before all but the best of these; which count by the
-    highest share that any query and head of a KV head gives them, not by the sum of all.
+    this device's.
     """
     stage, scope = stage or stages(query.device), scope.of(tiles.max_length)
     tiles = selecting(tiles)
     score, extent = stage.score_blocks(query, pages, block_table, tiles, scope, rotary, scale)
-
-    is_tail = shared is not None
-    length = summed_over(tiles, is_tail)
-
-    def recall(
-        score: Tensor,
-        num_recalled: int,
-        extent: Tensor | None = None,
-        blocks: Tensor | None = None,
-        shared: Tensor | None = None,
-    ) -> Tensor:
-        if scope.per_layer and add_up is not None:
-            score = add_up(score.sum(1, keepdim=True))
-        given = (scope.per_layer, memory, length, shared)
-        return stage.recall_blocks(score, num_recalled, extent, blocks, *given)
-
+    score = _together(score, scope, add_up)
+    told = scope.per_layer, memory, tiles.length
     if not scope.candidate_blocks:
-        return recall(score, scope.recall_blocks, extent)
-    count = scope.candidate_blocks - (0 if shared is None else shared.shape[-1])
-    candidates = recall(score, count, extent)
-    if shared is not None:
-        candidates = both(candidates, shared)
-    refined = stage.refine_scores(
-        query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap, is_tail
-    )
-    return recall(refined, scope.recall_blocks, blocks=candidates, shared=shared)
+        return stage.recall_blocks(score, scope.recall_blocks, extent, None, *told)
+    candidates = stage.recall_blocks(score, scope.candidate_blocks, extent, None, *told)
+    given = (query, pages, block_table, tiles, candidates, scope, rotary, scale, soft_cap)
+    refined = _together(stage.refine_scores(*given), scope, add_up)
+    return stage.recall_blocks(refined, scope.recall_blocks, None, candidates, *told)
+
+
+def select_for_tail(
+    query: Tensor,
+    pages: Pages,
+    block_table: Tensor,
+    tiles: Tiles,
+    shared: Tensor,
+    scope: Scope,
+    rotary: Rotary,
+    scale: float,
+    soft_cap: float = 0.0,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+    memory: Memory | None = None,
+    stage: Any = None,
+) -> Tensor:
+    """The same for tiles of a Tail, which are few: from all keys, with no candidates before.
+
+    shared  what is recalled for these tiles as for all others, as `select` returns it. Of it the
+            best are recalled, by this layer's shares, and beside them the best of all.
+    """
+    stage = stage or stages(query.device)
+    given = (query, pages, block_table, selecting(tiles), scope, rotary, scale, soft_cap)
+    score, extent = stage.exact_scores(*given)
+    score = _together(score, scope, add_up)
+    # a memory takes up the highest shares as they are, no sums over queries
+    told = scope.per_layer, memory, tiles.length.clamp(max=1)
+    best = stage.recall_blocks(score, TAIL_FINDS - shared.shape[-1], extent, None, *told)
+    blocks = both(best, shared)
+    named = blocks.clamp(min=0).long().expand(-1, score.shape[1], -1)
+    # of tiles with nothing to do, shared tells nothing
+    is_there = (blocks >= 0) & (blocks < extent[:, None, None])
+    found = score.gather(-1, named).masked_fill(~is_there, -1.0)
+    return stage.recall_blocks(found, scope.recall_blocks, None, blocks, *told, shared)
+
+
+def _together(score: Tensor, scope: Scope, add_up: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Scores of all processes' heads, where these recall together."""
+    if scope.per_layer and add_up is not None:
+        return add_up(score.sum(1, keepdim=True))
+    return score
 
 
 def both(blocks: Tensor, others: Tensor) -> Tensor:
@@ -146,25 +169,27 @@ def reattention(
     max_blocks, num_kv_heads = block_table.shape[1], pages.key.shape[1]
     can_select = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
 
-    def select_in_runs(
-        tiles: Tiles, scope: Scope, memory: Memory | None, shared: Tensor | None = None
+    def in_runs(
+        choose: Callable[..., Tensor], tiles: Tiles, memory: Memory | None, *shared: Tensor
     ) -> Tensor:
-        run = tiles_per_run(query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope)
+        run = tiles_per_run(
+            query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope, len(shared) > 0
+        )
         given = (scope, rotary, scale, soft_cap, add_up)
         found = []
         for start in range(0, tiles.row.shape[0], run):
             part = tiles.part(start, start + run)
             known = memory and memory.part(start, start + run)
-            theirs = None if shared is None else shared[start : start + run]
-            found.append(select(query, pages, block_table, part, *given, known, stage, theirs))
+            theirs = [blocks[start : start + run] for blocks in shared]
+            found.append(choose(query, pages, block_table, part, *theirs, *given, known, stage))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     if not can_select:
         recalled = block_table.new_empty((tiles.row.shape[0], 1, 0))
     elif recalled is None:
-        recalled = select_in_runs(tiles, scope, memory)
+        recalled = in_runs(select, tiles, memory)
     if can_select and tail is not None:
-        own = select_in_runs(tail.tiles, scope.for_tail(), tail.memory, recalled[tail.source])
+        own = in_runs(select_for_tail, tail.tiles, tail.memory, recalled[tail.source])
         recalled = with_tail(recalled, tail, own)
     stage.attend(
         query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks

@@ -103,8 +103,8 @@ class Plan:
             return turned
         most = 0
         for num_tiles, max_length in (MOST_REQUESTS, 1), (CHUNK // block, block):
-            run = tiles_per_run(heads, self.kv_heads, max_length, max_blocks, scope)
-            at_once = min(num_tiles, run)
+            given = heads, self.kv_heads, max_length, max_blocks, scope
+            at_once = min(num_tiles, tiles_per_run(*given))
             # scores, log-masses of single tokens, candidates and their scores, recalled blocks;
             # masses by the keys of candidates, global blocks and probes
             own = scope.of(max_length)
@@ -114,6 +114,10 @@ class Plan:
             memories = 1 if max_length == 1 else 3  # of tiles, and two at ends of prompts
             remembered = memories * num_tiles * max_blocks if scope.memory else 0
             most = max(most, 4 * (at_once * row + remembered))
+            if max_length > 1:  # all tiles may lie there, where masses of all blocks are kept
+                at_once = min(num_tiles, tiles_per_run(*given, is_tail=True))
+                row = heads * SELECTING_QUERIES + self.kv_heads
+                most = max(most, 4 * (at_once * row * max_blocks + remembered))
         return max(most, turned)
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 SECONDS = 10  # from one sample to the next
-STAGES = ("score_blocks", "recall_blocks", "refine_scores", "attend")
+STAGES = ("score_blocks", "recall_blocks", "refine_scores", "exact_scores", "attend")
 
 
 class StageTimes:
