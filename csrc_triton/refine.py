@@ -48,12 +48,7 @@ def _listed_block(
     entry, candidate_ptr, num_candidates, selects, local, every,
     GLOBAL: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of entries of the list [candidates | global | probes]; -1: none.
-
-    Without candidates, of a list of all blocks before local.
-    """
-    if candidate_ptr is None:
-        return tl.where(selects & (entry < local), entry, -1)
+    """The blocks of entries of the list [candidates | global | probes]; -1: none."""
     named = tl.load(candidate_ptr + entry, mask=entry < num_candidates, other=-1)
     beside = entry - num_candidates
     probe = GLOBAL + (beside - GLOBAL) * every
@@ -71,7 +66,7 @@ def _key_mass_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
-    candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates], or null: all blocks
+    candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates], or null
     cos_sin_ptr,  # [num_positions, 2, half]
     mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
     scale,  # of the logits, times the keys' scale
@@ -101,6 +96,7 @@ def _key_mass_kernel(
     ROWS: tl.constexpr,
     OFFSETS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    EVERY_BLOCK: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -115,18 +111,20 @@ def _key_mass_kernel(
     first_row = tl.load(row_ptr + tile_idx)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     wait_for_previous(EARLY)
-    if candidate_ptr is not None:
-        candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
     first_entry = tl.program_id(2) * BLOCKS
 
     # lanes are (offset, row), keys (block, offset); only what has one offset belongs together
     lane = tl.arange(0, OFFSETS * ROWS)
     key = tl.arange(0, BLOCKS * OFFSETS)
     belongs = (lane // ROWS)[:, None] == (key % OFFSETS)[None, :]
-    block = _listed_block(
-        first_entry + key // OFFSETS, candidate_ptr, num_candidates, selects, local, every,
-        GLOBAL, PROBES,
-    )  # fmt: skip
+    entry = first_entry + key // OFFSETS
+    if EVERY_BLOCK:
+        block = tl.where(selects & (entry < local), entry, -1)
+    else:
+        candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
+        block = _listed_block(
+            entry, candidate_ptr, num_candidates, selects, local, every, GLOBAL, PROBES
+        )
     if tl.max(block) < 0:
         return
     page = tl.load(table_ptr + block, mask=block >= 0, other=0).to(tl.int64)
@@ -297,6 +295,7 @@ def key_mass(
         ROWS=rows,
         OFFSETS=max(16 // rows, 1),
         BLOCKS=at_once,
+        EVERY_BLOCK=candidates is None,
         HAS_CAP=soft_cap > 0,
         PAD_HEAD=max(triton.next_power_of_2(head_size), 16),
         STAGES=stages,
