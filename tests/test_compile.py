@@ -1,0 +1,119 @@
+"""Every kernel compiles for GPUs that this machine need not have.
+
+Triton's interpreter, in which kernels run without a GPU, is Python: it takes what the compiler does
+not, such as a return from the middle of a function.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability):
+    code = f"from tests import test_compile; test_compile.compile_everything({capability})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+class Compiled:
+    """In the place of a kernel: compiles what is launched, once, and runs nothing."""
+
+    done: ClassVar[set[str]] = set()
+
+    def __init__(self, kernel, capability: int):
+        self.kernel, self.capability = kernel, capability
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *args, num_warps: int = 4, launch_pdl: bool = False, **named) -> None:
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        named["EARLY"] = self.capability >= 90
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+        types, constants = {}, {}
+        for place, parameter in enumerate(self.kernel.params):
+            value = given[parameter.name]
+            if parameter.is_constexpr or value is None:
+                types[parameter.name], constants[(place,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                types[parameter.name] = "*" + TYPES[value.dtype]
+            else:
+                types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        what = f"{self.kernel.__name__} {types} {constants}"
+        if what not in self.done:
+            self.done.add(what)
+            source = ASTSource(self.kernel, types, constants)
+            target = GPUTarget("cuda", self.capability, 32)
+            compile(source, target=target, options={"num_warps": num_warps})
+
+
+def compile_everything(capability: int) -> None:
+    from csrc_triton import kernels
+    from csrc_triton.layout import Memory, nothing_kept
+    from tests.test_kernels import DECODE, PREFILL
+
+    names = set()
+    for module in [m for name, m in sys.modules.items() if name.startswith("csrc_triton.")]:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            names.add(name)
+            setattr(module, name, Compiled(getattr(module, name), capability))
+
+    batches = [(DECODE[i], torch.bfloat16) for i in (0, 2, 9)]
+    batches += [(PREFILL[i], torch.bfloat16) for i in (0, 4, 8)]
+    if capability >= 89:  # from there on fp8 is known
+        batches += [(DECODE[0], torch.float8_e4m3fn), (PREFILL[0], torch.float8_e4m3fn)]
+    for case, cache_dtype in batches:
+        inputs = case.build(torch.bfloat16, "cpu", cache_dtype)
+        tiles, table = inputs.tiles, inputs.block_table
+        num_tiles, n = len(tiles.row), table.shape[1]
+        rows = 1 if case.scope.per_layer else case.heads[1]
+        rest, soft_cap = inputs.score_args(), case.soft_cap
+        kernels.write_kv(inputs.key, inputs.value, inputs.pages, inputs.slot_mapping, inputs.rotary)
+        kernels.rotate_rows(inputs.query, tiles.position, inputs.rotary)
+        score, extent = kernels.score_blocks(*rest)
+        kernels.exact_scores(*rest, soft_cap)
+        named = torch.zeros((num_tiles, rows, 24), dtype=torch.int32)
+        kernels.refine_scores(*rest[:4], named, *rest[4:], soft_cap)
+        memory = None
+        if case.scope.per_layer:
+            found = torch.zeros((num_tiles, n))
+            memory = Memory(found, 0.5, counts=True, most=found)
+            kept = nothing_kept(len(inputs.pages.key), torch.device("cpu"))
+            kernels.keep(kept, found, table, tiles, case.block_size)
+            kernels.recollect(kept, table, tiles, tiles.length > 0, 0.5, case.block_size)
+        told = case.scope.per_layer, memory, tiles.length
+        kernels.recall_blocks(score, 4, extent, None, *told)
+        long = torch.zeros((num_tiles, case.heads[1], 5000))
+        kernels.recall_blocks(long, 60, extent, None, *told)  # in two rounds
+        kernels.recall_blocks(long[..., :24], 4, None, named, *told)
+        kernels.recall_blocks(long[..., :24], 4, None, named, *told, named)
+        inputs.attend(kernels.attend, named[..., : case.scope.recall_blocks].contiguous())
+    compiled = {what.split()[0] for what in Compiled.done}
+    assert compiled == names, f"not compiled: {names - compiled}"
