@@ -10,7 +10,7 @@ from torch import Tensor
 from csrc_triton.attend_decode import attend_single_kernel, merge_splits_kernel
 from csrc_triton.attend_prefill import attend_tile_kernel
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
-from csrc_triton.primitives import early_launch, row_strides
+from csrc_triton.primitives import early_launch, row_strides, slot_sizes
 
 MAX_SPLITS = 64  # of a scope
 
@@ -67,10 +67,7 @@ def attend(
         "INTERLEAVED": rotary.interleaved,
         "GROUP": group,
         "BLOCK_SIZE": block_size,
-        "GLOBAL": scope.global_blocks,
-        "RECALL": scope.recall_blocks,
-        "LOCAL": scope.local_blocks,
-        "DENSE": scope.dense_blocks,
+        **slot_sizes(scope),
         "WINDOW": scope.window,
         "HAS_CAP": soft_cap > 0,
         "HAS_SINKS": sinks is not None,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
-from csrc_triton.primitives import early_launch, tile_slots, wait_for_previous
+from csrc_triton.primitives import early_launch, selecting_tile, slot_sizes, wait_for_previous
 from csrc_triton.refine import key_mass
 
 COLUMNS = 1024
@@ -38,9 +38,10 @@ def _row_total_kernel(
     wait_for_previous(EARLY)
     tile_idx = tl.program_id(0).to(tl.int64)
     row_idx = tl.program_id(2)
-    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
-    if (row_idx >= tl.load(length_ptr + tile_idx) * GROUP) | (num_recalled == 0):
+    num_rows, selects, local = selecting_tile(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+    )
+    if (row_idx >= num_rows) | (not selects):
         return
     at = (tile_idx * tl.num_programs(1) + tl.program_id(1)) * MAX_ROWS + row_idx
     mass_ptr += at * num_listed
@@ -81,10 +82,10 @@ def _highest_share_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     first = tl.program_id(2) * COLUMNS
-    num_rows = tl.load(length_ptr + tile_idx) * GROUP
-    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
-    extent = tl.where((num_rows > 0) & (num_recalled > 0), local, 0)
+    num_rows, selects, local = selecting_tile(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+    )
+    extent = tl.where(selects, local, 0)
     if (head_idx == 0) & (first == 0):
         tl.store(extent_ptr + tile_idx, extent)
     if first >= extent:
@@ -129,10 +130,7 @@ def exact_scores(
     fixed = {
         "GROUP": query.shape[1] // num_kv_heads,
         "BLOCK_SIZE": pages.block_size,
-        "GLOBAL": scope.global_blocks,
-        "RECALL": scope.recall_blocks,
-        "LOCAL": scope.local_blocks,
-        "DENSE": scope.dense_blocks,
+        **slot_sizes(scope),
         "MAX_ROWS": max_rows,
         "COLUMNS": COLUMNS,
         **early_launch(query.device),

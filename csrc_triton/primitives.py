@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from csrc_triton.layout import Scope
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,6 +43,18 @@ def tile_slots(
 
 
 @triton.jit
+def selecting_tile(
+    tile_idx, length_ptr, position_ptr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr, RECALL: tl.constexpr, LOCAL: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """A tile's rows, whether it selects, and its first local block."""
+    num_rows = tl.load(length_ptr + tile_idx) * GROUP
+    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
+    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
+    return num_rows, (num_rows > 0) & (num_recalled > 0), local
+
+
+@triton.jit
 def cap_logits(logits, soft_cap):
     """soft_cap * tanh(logits / soft_cap), from exponentials that cannot overflow to nan."""
     double = tl.exp2(tl.minimum(logits * (2.0 * LOG2E / soft_cap), 80.0))
@@ -66,6 +80,16 @@ def early_launch(device: torch.device) -> dict[str, bool]:
         if torch.cuda.get_device_capability(device) >= (9, 0):
             return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}
+
+
+def slot_sizes(scope: Scope) -> dict[str, int]:
+    """Arguments of the kernels that ask tile_slots."""
+    return {
+        "GLOBAL": scope.global_blocks,
+        "RECALL": scope.recall_blocks,
+        "LOCAL": scope.local_blocks,
+        "DENSE": scope.dense_blocks,
+    }
 
 
 def row_strides(blocks: torch.Tensor) -> tuple[int, int]:

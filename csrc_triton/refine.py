@@ -21,7 +21,8 @@ from csrc_triton.primitives import (
     early_launch,
     load_rows,
     row_strides,
-    tile_slots,
+    selecting_tile,
+    slot_sizes,
     turn_rows,
     wait_for_previous,
 )
@@ -30,17 +31,9 @@ SHARE_ROWS = 8  # of one tile and head at once, in the second kernel
 
 
 @triton.jit
-def _tile_extent(
-    tile_idx, length_ptr, position_ptr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    GLOBAL: tl.constexpr, RECALL: tl.constexpr, LOCAL: tl.constexpr, DENSE: tl.constexpr,
-    PROBES: tl.constexpr,
-):  # fmt: skip
-    """Its rows, whether it selects, its first local block, blocks from one probe to the next."""
-    num_rows = tl.load(length_ptr + tile_idx) * GROUP
-    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
-    every = tl.maximum(tl.cdiv(local - GLOBAL, PROBES), 1)
-    return num_rows, (num_rows > 0) & (num_recalled > 0), local, every
+def _probe_distance(local, GLOBAL: tl.constexpr, PROBES: tl.constexpr):
+    """Blocks from one probe to the next."""
+    return tl.maximum(tl.cdiv(local - GLOBAL, PROBES), 1)
 
 
 @triton.jit
@@ -105,9 +98,10 @@ def _key_mass_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     out_row = tile_idx * tl.num_programs(1) + head_idx
-    num_rows, selects, local, every = _tile_extent(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, PROBES
+    num_rows, selects, local = selecting_tile(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
     )
+    every = _probe_distance(local, GLOBAL, PROBES)
     first_row = tl.load(row_ptr + tile_idx)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     wait_for_previous(EARLY)
@@ -200,9 +194,10 @@ def _refined_share_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     out_row = tile_idx * tl.num_programs(1) + head_idx
-    num_rows, selects, local, every = _tile_extent(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, PROBES
+    num_rows, selects, local = selecting_tile(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
     )
+    every = _probe_distance(local, GLOBAL, PROBES)
     wait_for_previous(EARLY)
     candidate_ptr += tile_idx * candidate_stride_tile + head_idx * candidate_stride_head
     entry_offs = tl.arange(0, LISTED)
@@ -286,10 +281,6 @@ def key_mass(
         GROUP=group,
         STEP=tiles.step,
         BLOCK_SIZE=block_size,
-        GLOBAL=scope.global_blocks,
-        RECALL=scope.recall_blocks,
-        LOCAL=scope.local_blocks,
-        DENSE=scope.dense_blocks,
         PROBES=PROBES,
         MAX_ROWS=max_rows,
         ROWS=rows,
@@ -300,6 +291,7 @@ def key_mass(
         PAD_HEAD=max(triton.next_power_of_2(head_size), 16),
         STAGES=stages,
         num_warps=warps,
+        **slot_sizes(scope),
         **early_launch(query.device),
     )
     return mass
@@ -338,15 +330,12 @@ def refine_scores(
         *row_strides(candidates),
         GROUP=query.shape[1] // num_kv_heads,
         BLOCK_SIZE=pages.block_size,
-        GLOBAL=scope.global_blocks,
-        RECALL=scope.recall_blocks,
-        LOCAL=scope.local_blocks,
-        DENSE=scope.dense_blocks,
         PROBES=PROBES,
         MAX_ROWS=max_rows,
         ROWS=min(triton.next_power_of_2(max_rows), SHARE_ROWS),
         LISTED=triton.next_power_of_2(num_listed),
         num_warps=4,
+        **slot_sizes(scope),
         **early_launch(query.device),
     )
     return score

@@ -18,8 +18,9 @@ from csrc_triton.layout import SAMPLE_EVERY, Pages, Rotary, Scope, Tiles
 from csrc_triton.primitives import (
     LOG2E,
     early_launch,
+    selecting_tile,
+    slot_sizes,
     source_channel,
-    tile_slots,
     wait_for_previous,
 )
 
@@ -130,10 +131,10 @@ def _sum_mass_kernel(
     row_offs = (tl.program_id(0) % ROW_PARTS) * ROWS + tl.arange(0, ROWS)
     head_idx = tl.program_id(1)
     split_idx = tl.program_id(2)
-    num_rows = tl.load(length_ptr + tile_idx) * GROUP
-    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
-    if (num_rows == 0) | (num_recalled == 0):
+    num_rows, selects, local = selecting_tile(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+    )
+    if not selects:
         return
     query = _load_query(
         query_ptr, tl.load(row_ptr + tile_idx), head_idx, row_offs, num_rows, query_scale, scale,
@@ -225,10 +226,9 @@ def _share_mass_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     split_idx = tl.program_id(2)
-    num_rows = tl.load(length_ptr + tile_idx) * GROUP
-    block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
-    selects = (num_rows > 0) & (num_recalled > 0)
+    num_rows, selects, local = selecting_tile(
+        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+    )
     if (head_idx == 0) & (split_idx == 0):
         tl.store(extent_ptr + tile_idx, tl.where(selects, local, 0))
     out_row = tile_idx * tl.num_programs(1) + head_idx
@@ -319,10 +319,7 @@ def score_blocks(
         "GROUP": group,
         "STEP": tiles.step,
         "BLOCK_SIZE": block_size,
-        "GLOBAL": scope.global_blocks,
-        "RECALL": scope.recall_blocks,
-        "LOCAL": scope.local_blocks,
-        "DENSE": scope.dense_blocks,
+        **slot_sizes(scope),
         "MAX_ROWS": max_rows,
         "ROWS": rows,
         "KEEPS_MASS": keeps_mass,
