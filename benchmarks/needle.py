@@ -132,7 +132,10 @@ def run_logprobs(options: argparse.Namespace, stamp: dict) -> None:
 
 
 def draw(options: argparse.Namespace) -> None:
-    """A heat map for each task and provider, of settings and depths asked for; last rows count."""
+    """A heat map for each task and provider, of settings and depths asked for.
+
+    Of each cell those rows count that were measured last, at one commit.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,8 +153,11 @@ def draw(options: argparse.Namespace) -> None:
             continue
         if all(row[name] == str(number) for name, number in asked.items()):
             place = int(row["context_len"]), float(row["depth"])
-            share = int(row["hits"]) / int(row["samples"])
-            newest.setdefault((row["task"], row["provider"]), {})[place] = share
+            cells = newest.setdefault((row["task"], row["provider"]), {})
+            commit, hits, samples = cells.get(place, ("", 0, 0))
+            if commit != row["commit"]:
+                hits = samples = 0
+            cells[place] = row["commit"], hits + int(row["hits"]), samples + int(row["samples"])
     tasks = [task for task in TASKS if any(task == key[0] for key in newest)]
     providers = sorted({provider for _, provider in newest})
     size = 4.2 * len(providers), 2.8 * len(tasks)
@@ -164,7 +170,8 @@ def draw(options: argparse.Namespace) -> None:
                 continue
             axis.set_title(f"{task}, {provider}", fontsize=10)
             lengths, rows_at = (sorted(set(values)) for values in zip(*cells, strict=True))
-            image = [[cells.get((n, depth), float("nan")) for n in lengths] for depth in rows_at]
+            shares = {place: hits / samples for place, (_, hits, samples) in cells.items()}
+            image = [[shares.get((n, depth), float("nan")) for n in lengths] for depth in rows_at]
             axis.imshow(image, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             for y, values in enumerate(image):
                 for x, share in enumerate(values):
