@@ -109,7 +109,8 @@ def select_for_tail(
     score = _together(score, scope, add_up)
     # a memory takes up the highest shares as they are, no sums over queries
     told = scope.per_layer, memory, tiles.length.clamp(max=1)
-    best = stage.recall_blocks(score, TAIL_FINDS - shared.shape[-1], extent, None, *told)
+    count = max(TAIL_FINDS - shared.shape[-1], scope.recall_blocks)
+    best = stage.recall_blocks(score, count, extent, None, *told)
     blocks = both(best, shared)
     named = blocks.clamp(min=0).long().expand(-1, score.shape[1], -1)
     # of tiles with nothing to do, shared tells nothing
