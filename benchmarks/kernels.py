@@ -30,9 +30,15 @@ import torch
 from benchmarks import harness
 from csrc_triton import kernels, reference
 from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles, rotation_table
-from vllm_reattention.attention import SELECTING_QUERIES, reattention, selecting
+from vllm_reattention.attention import (
+    SELECTING_QUERIES,
+    reattention,
+    select_for_tail,
+    selecting,
+)
 from vllm_reattention.config import SELECT_EVERY, ReAttentionConfig
 from vllm_reattention.memory import Memories
+from vllm_reattention.tiles import tail_tiles
 
 COLUMNS = [
     "figure",
@@ -232,7 +238,7 @@ class Problem:
         def over_layers(call):
             return lambda: [call(*state) for state in kept]
 
-        return {
+        stages = {
             "score": over_layers(lambda g, r, *_: kernels.score_blocks(*g, self.scope, *r)),
             "recall candidates": over_layers(
                 lambda g, r, score, extent, *_: recall(score, self.scope.candidate_blocks, extent)
@@ -252,6 +258,18 @@ class Problem:
                 )
             ),
         }
+        if self.new_tokens > 1:
+            count = tail_tiles(BLOCK_SIZE)
+            tail = self.tiles.part(len(self.tiles.row) - count, len(self.tiles.row))
+            stages["exact, at a prompt's end"] = over_layers(
+                lambda g, r, *_: kernels.exact_scores(*g[:3], selecting(tail), self.scope, *r)
+            )
+            stages["select, at a prompt's end"] = over_layers(
+                lambda g, r, s, e, f, refined, recalled: select_for_tail(
+                    *g[:3], tail, recalled[-count:], self.scope, *r
+                )
+            )
+        return stages
 
     def flash_attn_3(self) -> dict[str, Callable[[], None]]:
         """vLLM's FlashAttention 3 on the same pages, at several caps of its key splits."""
