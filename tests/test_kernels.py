@@ -708,6 +708,27 @@ def test_layers_of_a_tail_add_up_what_they_find(stage):
 
 
 @pytest.mark.parametrize("stage", [reference, kernels], ids=["reference", "kernels"])
+def test_a_tail_recalls_what_the_layers_before_found(stage, monkeypatch):
+    """Though this layer finds least of it, and few of its own finds are looked at again."""
+    monkeypatch.setattr(attention, "TAIL_FINDS", 8)
+    scope = Scope(1, 4, 3, 8, 8, per_layer=True)
+    inputs = Case(contexts=(600,), queries=(16,), scope=scope).build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    query, pages, table, tiles, *rest = inputs.score_args()
+    some = query, pages, table, attention.selecting(tiles)
+    score, extent = reference.exact_scores(*some, *rest)
+    least = int(score[0, :, 1 : int(extent[0])].sum(0).argmin()) + 1
+    found = torch.zeros((len(tiles.row), table.shape[1]), device=DEVICE)
+    shared = torch.full((len(tiles.row), 1, 4), -1, dtype=torch.int32, device=DEVICE)
+    given = query, pages, table, tiles, shared, *rest, 0.0, None
+    for known, recalls in ((0.0, False), (100.0, True)):
+        found[:, least] = known
+        memory = Memory(found.clone(), 1.0, counts=True)
+        recalled = attention.select_for_tail(*given, memory, stage)
+        assert (least in recalled[0, 0].tolist()) == recalls
+
+
+@pytest.mark.parametrize("stage", [reference, kernels], ids=["reference", "kernels"])
 @pytest.mark.parametrize("case", [DECODE[0], PREFILL[0]], ids=str)
 def test_a_request_of_nan_is_alone_with_it(stage, case):
     """Its scores are nan and name no blocks, which must not be looked up in the block table."""
