@@ -651,22 +651,24 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
     query, pages, table, tiles, scope, *rest = inputs.score_args()
     scope = scope._replace(candidate_blocks=candidates)
     monkeypatch.setattr(attention, "TAIL_FINDS", finds)
+    monkeypatch.setattr(attention, "SELECTION_BYTES", 0)  # four tiles at once
     lengths = torch.tensor([600, 350], dtype=torch.int32, device=DEVICE)  # the second goes on
-    monkeypatch.setattr(tiles_module, "TAIL", 32)
+    monkeypatch.setattr(tiles_module, "TAIL", 48)
     tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
     is_tail = tail.of >= 0
     assert 0 < is_tail.sum() < len(is_tail) - 3
     given = (query, pages, table, tiles)
-    theirs = torch.full_like(attention.select(*given, scope, *rest), 3)
+    theirs = torch.zeros_like(attention.select(*given, scope, *rest))
+    theirs += torch.arange(len(tiles.row), device=DEVICE)[:, None, None] + 1
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
     recalled = attention.reattention(*given, scope, *rest, out, recalled=theirs, tail=tail)
-    assert (recalled[~is_tail] == 3).all()
+    assert torch.equal(recalled[~is_tail], theirs[~is_tail])
     some = (query, pages, table, attention.selecting(tiles))
     score, _ = reference.exact_scores(*some, scope, *rest)
     for tile in is_tail.nonzero().flatten().tolist():
         for of_head, scores in zip(recalled[tile].tolist(), score[tile], strict=True):
             first, *others = scores.argsort(descending=True).tolist()
-            expected = list(dict.fromkeys((first, 3, *others)))[: len(of_head)]
+            expected = list(dict.fromkeys((first, tile + 1, *others)))[: len(of_head)]
             assert of_head == sorted(expected)
     reference.attend(*given, recalled, scope, *rest, other)
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
