@@ -114,8 +114,13 @@ def test_the_doctor_finds_this_installation_sound(engine):
     ]
 
 
-def no_attention(*arguments) -> None:
+def no_attention(*arguments, tail) -> None:
     """Writes nothing."""
+
+
+def what_is_first(query, pages, table, tiles, shared, *rest):
+    """Recalls block 1 and those behind it."""
+    return shared.argsort(-1).argsort(-1).int() + 1
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,7 @@ def no_attention(*arguments) -> None:
         (dict(environment=dict(VLLM_PLUGINS="lora")), "plugin", "add reattention"),
         (dict(compat__PATH="another.Backend"), "backend", "another plugin has taken the name"),
         (dict(doctor__NEEDLES=(9, 17, 29)), "arithmetic", "selection missed blocks [29]"),
+        (dict(doctor__select_for_tail=what_is_first), "arithmetic", "missed blocks [9, 17, 22]"),
         (dict(doctor__reattention=no_attention), "arithmetic", "off float64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

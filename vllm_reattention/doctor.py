@@ -8,9 +8,9 @@ from platform import python_version
 import torch
 from torch import Tensor
 
-from csrc_triton.layout import Pages, Scope, Tiles
+from csrc_triton.layout import Pages, Scope, Tail, Tiles
 from vllm_reattention import __version__, compat
-from vllm_reattention.attention import reattention, select, stages
+from vllm_reattention.attention import reattention, select, select_for_tail, stages
 from vllm_reattention.rope import Rope
 
 BLOCK, LENGTH, HEADS, KV_HEADS, HEAD_SIZE = 32, 1000, 8, 2, 64
@@ -89,9 +89,10 @@ def arithmetic() -> str:
     where = torch.device("cpu" if compat.on_cpu() else "cuda")
     dtype = torch.float32 if compat.on_cpu() else torch.bfloat16
     errors = []
-    for num_queries in (1, 8):  # a decoded token, a prefill tile
+    # a decoded token, a tile of a prompt, one at its end
+    for num_queries, is_end in ((1, False), (8, False), (8, True)):
         case = Case(num_queries, where, dtype)
-        recalled, out = case.run()
+        recalled, out = case.run(is_end)
         for head, blocks in enumerate(recalled.tolist()):
             if missed := set(NEEDLES) - set(blocks):
                 raise Unsound(f"selection missed blocks {sorted(missed)} for KV head {head}")
@@ -132,7 +133,7 @@ class Case:
         self.rope = Rope(10000.0 ** (-torch.arange(0, HEAD_SIZE, 2).double() / HEAD_SIZE))
         self.scale = HEAD_SIZE**-0.5
 
-    def run(self) -> tuple[Tensor, Tensor]:
+    def run(self, is_end: bool) -> tuple[Tensor, Tensor]:
         """What was recalled, [num_kv_heads, recall_blocks], and the attention's output."""
         where, dtype, num_queries = self.query.device, self.query.dtype, len(self.query)
         rotary = self.rope.rotary(LENGTH, where)
@@ -148,10 +149,15 @@ class Case:
         request, row, length, position = columns
         tiles = Tiles(request, row, length, position, 1 if num_queries == 1 else BLOCK)
         table = order.to(torch.int32)[None]
-        given = self.query, pages, table, tiles, SCOPE, rotary, self.scale
+        common, rest = (self.query, pages, table, tiles), (SCOPE, rotary, self.scale)
         out = torch.full_like(self.query, torch.nan)
-        reattention(*given, out)
-        return select(*given)[0], out
+        recalled, tail = select(*common, *rest), None
+        if is_end:
+            only = torch.zeros(1, dtype=torch.int64, device=where)
+            tail = Tail(tiles, of=only, source=only)
+            recalled = select_for_tail(*common, recalled, *rest)
+        reattention(*common, *rest, out, tail=tail)
+        return recalled[0], out
 
     def attention(self, recalled: Tensor) -> Tensor:
         """The definition in float64, from keys that no cache has seen."""
