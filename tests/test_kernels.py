@@ -428,17 +428,6 @@ def test_what_is_shared_comes_before_all_but_the_best(kind, n, k, shares, per_la
             assert least >= most * (1 - 2**-12) or most < 2.0**-120
 
 
-def test_blocks_of_two_lists_are_all_there_once():
-    first = [[3, 5, 9, -1], [-1, -1, -1, -1], [1, 2, 3, 4]]
-    second = [[5, 4, -1], [7, 2, 7], [-1, -1, -1]]
-    lists = (torch.tensor(rows, dtype=torch.int32)[:, None] for rows in (first, second))
-    assert attention.both(*lists)[:, 0].tolist() == [
-        [3, 4, 5, 9, -1, -1, -1],
-        [2, 7, -1, -1, -1, -1, -1],
-        [1, 2, 3, 4, -1, -1, -1],
-    ]
-
-
 @pytest.mark.parametrize("counts,has_most", [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("n,k", [(40, 7), (1500, 12), (5000, 60), (20000, 127)])

@@ -16,6 +16,7 @@ SELECTION_BYTES = 256 << 20
 # So many of a full tile's queries, at equal distances, select for all of it, at a fraction of what
 # all would cost (docs/fidelity.md).
 SELECTING_QUERIES = 8
+ABOVE_ALL = 1e4  # more than shares of all heads, and what was found before, add up to
 
 
 def stages(device: torch.device) -> ModuleType:
@@ -109,14 +110,19 @@ def select_for_tail(
     score = _together(score, scope, add_up)
     # a memory takes up the highest shares as they are, no sums over queries
     told = scope.per_layer, memory, tiles.length.clamp(max=1)
-    count = max(TAIL_FINDS - shared.shape[-1], scope.recall_blocks)
-    best = stage.recall_blocks(score, count, extent, None, *told)
-    blocks = both(best, shared)
+    count = max(TAIL_FINDS, shared.shape[-1] + scope.recall_blocks)
+    blocks = stage.recall_blocks(_above_all(score, shared), count, extent, None, *told)
     named = blocks.clamp(min=0).long().expand(-1, score.shape[1], -1)
-    # of tiles with nothing to do, shared tells nothing
-    is_there = (blocks >= 0) & (blocks < extent[:, None, None])
-    found = score.gather(-1, named).masked_fill(~is_there, -1.0)
+    found = score.gather(-1, named).masked_fill(blocks < 0, -1.0)
     return stage.recall_blocks(found, scope.recall_blocks, None, blocks, *told, shared)
+
+
+def _above_all(score: Tensor, blocks: Tensor) -> Tensor:
+    """Scores that let these blocks be recalled before others; -1 among them: none."""
+    score, rows = score.clone(), blocks.shape[1]
+    bonus = (blocks >= 0).to(score.dtype) * ABOVE_ALL
+    score[:, :rows].scatter_add_(-1, blocks.clamp(min=0).long(), bonus)
+    return score
 
 
 def _together(score: Tensor, scope: Scope, add_up: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -124,16 +130,6 @@ def _together(score: Tensor, scope: Scope, add_up: Callable[[Tensor], Tensor] | 
     if scope.per_layer and add_up is not None:
         return add_up(score.sum(1, keepdim=True))
     return score
-
-
-def both(blocks: Tensor, others: Tensor) -> Tensor:
-    """All of them once: ascending along the last dimension, -1 behind the last."""
-    last = torch.iinfo(torch.int32).max
-    listed = torch.cat((blocks, others), -1)
-    listed = listed.masked_fill(listed < 0, last).sort(-1).values
-    again = torch.nn.functional.pad(listed[..., 1:] == listed[..., :-1], (1, 0))
-    listed = listed.masked_fill(again, last).sort(-1).values
-    return listed.masked_fill(listed == last, -1)
 
 
 def reattention(
