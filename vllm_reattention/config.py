@@ -33,7 +33,8 @@ class ReAttentionConfig:
     scorer        layer: the best candidates are scored again from their keys; a layer's KV heads
                   add up their scores and recall the same blocks
                   refined: the same, but each KV head recalls for itself
-                  summary: each KV head ranks blocks by their summaries alone
+                  summary: each KV head ranks blocks by their summaries alone, but for a prompt's
+                  last tokens, which read all keys with any scorer
     select_every  every how many layers selects; those behind it recall the same blocks. For the
                   scorer "layer" alone; default 4, fewer in models with fewer than 28 layers
     select_layers instead of that, the layers that select, by number from 0 on; layer 0 does always.
