@@ -294,7 +294,8 @@ def score_blocks(
     num_tiles, max_blocks = tiles.row.shape[0], block_table.shape[1]
     max_rows = tiles.max_length * group
     keeps_mass = tiles.max_length == 1
-    rows = min(triton.next_power_of_2(max_rows), 128)
+    # wide heads by fewer rows and blocks, so that what GPUs with 99 KB for it may share is enough
+    rows = min(triton.next_power_of_2(max_rows), 128 if head_size <= 128 else 64)
     row_parts = math.ceil(max_rows / rows)
     blocks, warps, num_stages, wanted = _tile_sizes(head_size, keeps_mass)
     splits = _splits(num_tiles * num_kv_heads * row_parts, wanted)
@@ -350,7 +351,7 @@ def _share_sizes(head_size: int, keeps_mass: bool) -> tuple[int, int, int, int]:
     """The same for the second pass."""
     if keeps_mass:
         return 256, 4, 3, 264
-    return 64, 4 if head_size <= 128 else 8, 1, 264
+    return (64, 4, 1, 264) if head_size <= 128 else (32, 8, 1, 264)
 
 
 def _splits(programs: int, wanted: int) -> int:

@@ -22,9 +22,12 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+# Bytes that a block of threads may share: the least of the GPUs that are served, those of compute
+# capability 8.6 and 8.9.
+MOST_SHARED = 99 << 10
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_kernels_compile(capability):
     code = f"from tests import test_compile; test_compile.compile_everything({capability})"
     done = subprocess.run(
@@ -71,13 +74,19 @@ class Compiled:
             self.done.add(what)
             source = ASTSource(self.kernel, types, constants)
             target = GPUTarget("cuda", self.capability, 32)
-            compile(source, target=target, options={"num_warps": num_warps})
+            compiled = compile(source, target=target, options={"num_warps": num_warps})
+            if self.capability < 90:  # later ones have more, and the compiler may use it
+                assert compiled.metadata.shared <= MOST_SHARED, (
+                    f"{compiled.metadata.shared}: {what}"
+                )
 
 
 def compile_everything(capability: int) -> None:
     from csrc_triton import kernels
-    from csrc_triton.layout import Memory, nothing_kept
+    from csrc_triton.layout import Memory, Scope, nothing_kept
+    from tests.cases import Case
     from tests.test_kernels import DECODE, PREFILL
+    from vllm_reattention.attention import selecting
 
     names = set()
     for module in [m for name, m in sys.modules.items() if name.startswith("csrc_triton.")]:
@@ -87,6 +96,11 @@ def compile_everything(capability: int) -> None:
 
     batches = [(DECODE[i], torch.bfloat16) for i in (0, 2, 9)]
     batches += [(PREFILL[i], torch.bfloat16) for i in (0, 4, 8)]
+    scope = Scope(1, 15, 16, 32, 60, per_layer=True)
+    for heads, size in (((32, 8), 128), ((32, 2), 128), ((16, 1), 256)):
+        for queries in (None, (64,)):
+            large = dict(heads=heads, head_size=size, block_size=32, scope=scope)
+            batches.append((Case(contexts=(2100,), queries=queries, **large), torch.bfloat16))
     if capability >= 89:  # from there on fp8 is known
         batches += [(DECODE[0], torch.float8_e4m3fn), (PREFILL[0], torch.float8_e4m3fn)]
     for case, cache_dtype in batches:
@@ -94,7 +108,8 @@ def compile_everything(capability: int) -> None:
         tiles, table = inputs.tiles, inputs.block_table
         num_tiles, n = len(tiles.row), table.shape[1]
         rows = 1 if case.scope.per_layer else case.heads[1]
-        rest, soft_cap = inputs.score_args(), case.soft_cap
+        soft_cap, few = case.soft_cap, selecting(tiles)
+        rest = (*inputs.score_args()[:3], few, *inputs.score_args()[4:])
         kernels.write_kv(inputs.key, inputs.value, inputs.pages, inputs.slot_mapping, inputs.rotary)
         kernels.rotate_rows(inputs.query, tiles.position, inputs.rotary)
         score, extent = kernels.score_blocks(*rest)
