@@ -183,7 +183,8 @@ class Study:
             tiles = prefill_tiles(starts.to(self.device), starts, lens, 0, BLOCK_SIZE)
         out = torch.empty_like(query)
         heads, width = query.shape[1], self.table.shape[1]
-        run = attention.tiles_per_run(heads, self.kv_heads, tiles.max_length, width, self.scope)
+        size = heads, self.kv_heads, tiles.max_length, width, self.scope
+        run = attention.tiles_per_run(attention.scratch_per_tile(*size))
         starts_of_runs = range(0, tiles.row.shape[0], run)
         if index in self.selecting:
             for start in starts_of_runs:

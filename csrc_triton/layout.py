@@ -47,11 +47,9 @@ SAMPLE_EVERY = 8  # see Scope.sample_from
 # global nor candidates. With them a denominator is right to 0.05 of its logarithm, where estimates
 # from summaries are off by 0.7 (docs/fidelity.md).
 PROBES = 64
-# Of a tile in a Tail, the shares of so many blocks at least, the best and the shared, are told to
-# the layers behind.
-TAIL_FINDS = 1024
-# There, one recalled block in so many is what the layer finds best; the others are those of what
-# layers share that it finds best. A layer's own finds alone distract as well (docs/fidelity.md).
+# Of a tile in a Tail, one recalled block in so many is what the layer finds best; the others are
+# those of what layers share that it finds best. A layer's own finds alone distract as well
+# (docs/fidelity.md).
 OWN_PART = 4
 
 

@@ -1,6 +1,9 @@
 """Ragged batches over a paged cache with hostile contents, for the kernels and the reference."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -134,6 +137,16 @@ class Inputs:
         return reference.recall_blocks(
             score.float(), scope.recall_blocks, extent, per_layer=scope.per_layer
         )
+
+
+def replace_kernels(replacement: Callable[[str, Any], Any]) -> set[str]:
+    """Every kernel by replacement(name, kernel), wherever it is launched from; their names."""
+    names = set()
+    for module in [m for name, m in sys.modules.items() if name.startswith("csrc_triton.")]:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            names.add(name)
+            setattr(module, name, replacement(name, getattr(module, name)))
+    return names
 
 
 def empty_pages(num_blocks, num_kv_heads, block_size, head_size, dtype) -> Pages:

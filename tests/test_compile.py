@@ -84,16 +84,11 @@ class Compiled:
 def compile_everything(capability: int) -> None:
     from csrc_triton import kernels
     from csrc_triton.layout import Memory, Scope, nothing_kept
-    from tests.cases import Case
+    from tests.cases import Case, replace_kernels
     from tests.test_kernels import DECODE, PREFILL
     from vllm_reattention.attention import selecting
 
-    names = set()
-    for module in [m for name, m in sys.modules.items() if name.startswith("csrc_triton.")]:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            names.add(name)
-            setattr(module, name, Compiled(getattr(module, name), capability))
-
+    names = replace_kernels(lambda _, kernel: Compiled(kernel, capability))
     batches = [(DECODE[i], torch.bfloat16) for i in (0, 2, 9)]
     batches += [(PREFILL[i], torch.bfloat16) for i in (0, 4, 8)]
     scope = Scope(1, 15, 16, 32, 60, per_layer=True)

@@ -629,7 +629,7 @@ def test_single_queries_recall_less(case, monkeypatch):
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("finds", [layout.TAIL_FINDS, 20, 2])
+@pytest.mark.parametrize("finds", [attention.TAIL_FINDS, 20, 2])
 @pytest.mark.parametrize("candidates", [8, 0])
 def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
     """The best of all blocks, the best of what is shared, others; for other tiles it does not."""

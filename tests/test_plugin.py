@@ -72,10 +72,10 @@ def test_registering_without_vllm_is_harmless():
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc_triton").glob("*.py")), ids=lambda p: p.stem)
 def test_kernels_know_neither_vllm_nor_us(path):
     assert not packages(path) & {"vllm", "vllm_reattention"}
-    if path.stem == "reference":
+    if path.stem.startswith("reference"):
         assert "triton" not in packages(path)
     else:
-        assert "csrc_triton.reference" not in imports(path)
+        assert not any(name.startswith("csrc_triton.reference") for name in imports(path))
 
 
 @pytest.mark.parametrize("name", ORDER)

@@ -148,11 +148,12 @@ def launch_everything() -> None:
     """Small batches, pages that nobody may touch among them, through every kernel there is."""
     from csrc_triton import attend, kernels
     from csrc_triton.layout import Memory, nothing_kept
+    from tests.cases import replace_kernels
     from tests.test_kernels import DECODE, DEVICE, PREFILL
     from vllm_reattention import attention
 
     attend.for_hopper(torch.device(DEVICE))  # imports its kernel where there is one to use
-    launched, all_of_them = set(), set()
+    launched = set()
 
     class Counted:
         def __init__(self, name, kernel):
@@ -162,10 +163,7 @@ def launch_everything() -> None:
             launched.add(self.name)
             return self.kernel[grid]
 
-    for module in [m for name, m in sys.modules.items() if name.startswith("csrc_triton.")]:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            all_of_them.add(name)
-            setattr(module, name, Counted(name, getattr(module, name)))
+    all_of_them = replace_kernels(Counted)
     attend.for_hopper.cache_clear()
 
     attention.stages = lambda _: kernels

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import TAIL_FINDS, Memory, Pages, Rotary, Scope, Tail, Tiles, nothing_kept
+from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tail, Tiles, nothing_kept
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -16,6 +16,9 @@ SELECTION_BYTES = 256 << 20
 # So many of a full tile's queries, at equal distances, select for all of it, at a fraction of what
 # all would cost (docs/fidelity.md).
 SELECTING_QUERIES = 8
+# Of a tile in a Tail, the shares of so many blocks at least, the best and the shared, are told to
+# the layers behind.
+TAIL_FINDS = 1024
 ABOVE_ALL = 1e4  # more than shares of all heads, and what was found before, add up to
 
 
@@ -28,7 +31,7 @@ def stages(device: torch.device) -> ModuleType:
     return kernels
 
 
-def tiles_per_run(
+def scratch_per_tile(
     num_heads: int,
     num_kv_heads: int,
     max_length: int,
@@ -36,13 +39,16 @@ def tiles_per_run(
     scope: Scope,
     is_tail: bool = False,
 ) -> int:
-    """How many tiles the selection takes at once."""
+    """Numbers of fp32 that scores and masses of a tile take while it selects."""
     rows = num_heads * min(max_length, SELECTING_QUERIES)
     if is_tail:
-        numbers = (rows + num_kv_heads) * max_blocks
-    else:
-        per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
-        numbers = per_block * max_blocks + rows * scope.of(max_length).listed
+        return (rows + num_kv_heads) * max_blocks
+    per_block = num_heads + num_kv_heads if max_length == 1 else num_kv_heads
+    return per_block * max_blocks + rows * scope.of(max_length).listed
+
+
+def tiles_per_run(numbers: int) -> int:
+    """How many tiles of so much scratch (scratch_per_tile) the selection takes at once."""
     # a multiple of 4: kernels are compiled once for rows that start on 16 bytes
     return max(4, SELECTION_BYTES // (4 * numbers) // 4 * 4)
 
@@ -169,9 +175,8 @@ def reattention(
     def in_runs(
         choose: Callable[..., Tensor], tiles: Tiles, memory: Memory | None, *shared: Tensor
     ) -> Tensor:
-        run = tiles_per_run(
-            query.shape[1], num_kv_heads, tiles.max_length, max_blocks, scope, len(shared) > 0
-        )
+        size = query.shape[1], num_kv_heads, tiles.max_length, max_blocks
+        run = tiles_per_run(scratch_per_tile(*size, scope, is_tail=len(shared) > 0))
         given = (scope, rotary, scale, soft_cap, add_up)
         found = []
         for start in range(0, tiles.row.shape[0], run):

@@ -12,7 +12,7 @@ import transformers
 
 from csrc_triton.layout import Scope
 from vllm_reattention import compat
-from vllm_reattention.attention import SELECTING_QUERIES, tiles_per_run
+from vllm_reattention.attention import scratch_per_tile, tiles_per_run
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token
 
@@ -103,21 +103,19 @@ class Plan:
             return turned
         most = 0
         for num_tiles, max_length in (MOST_REQUESTS, 1), (CHUNK // block, block):
-            given = heads, self.kv_heads, max_length, max_blocks, scope
-            at_once = min(num_tiles, tiles_per_run(*given))
-            # scores, log-masses of single tokens, candidates and their scores, recalled blocks;
-            # masses by the keys of candidates, global blocks and probes
-            own = scope.of(max_length)
-            row = self.kv_heads * (max_blocks + 2 * own.candidate_blocks + own.recall_blocks)
-            row += heads * (max_blocks if max_length == 1 else max_length)
-            row += heads * min(max_length, SELECTING_QUERIES) * own.listed
+            size = heads, self.kv_heads, max_length, max_blocks, scope
+            numbers, own = scratch_per_tile(*size), scope.of(max_length)
+            at_once = min(num_tiles, tiles_per_run(numbers))
+            # beside that: candidates and their scores, recalled blocks, denominators
+            beside = self.kv_heads * (2 * own.candidate_blocks + own.recall_blocks)
+            beside += 0 if max_length == 1 else heads * max_length
             memories = 1 if max_length == 1 else 3  # of tiles, and two at ends of prompts
             remembered = memories * num_tiles * max_blocks if scope.memory else 0
-            most = max(most, 4 * (at_once * row + remembered))
-            if max_length > 1:  # all tiles may lie there, where masses of all blocks are kept
-                at_once = min(num_tiles, tiles_per_run(*given, is_tail=True))
-                row = heads * SELECTING_QUERIES + self.kv_heads
-                most = max(most, 4 * (at_once * row * max_blocks + remembered))
+            most = max(most, 4 * (at_once * (numbers + beside) + remembered))
+            if max_length > 1:  # all tiles may lie at ends
+                numbers = scratch_per_tile(*size, is_tail=True)
+                at_once = min(num_tiles, tiles_per_run(numbers))
+                most = max(most, 4 * (at_once * numbers + remembered))
         return max(most, turned)
 
     @property
