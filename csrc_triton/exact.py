@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
-from csrc_triton.primitives import early_launch, selecting_tile, slot_sizes, wait_for_previous
+from csrc_triton.primitives import (
+    add_power,
+    early_launch,
+    selecting_tile,
+    slot_sizes,
+    wait_for_previous,
+)
 from csrc_triton.refine import key_mass
 
 COLUMNS = 1024
@@ -50,10 +56,7 @@ def _row_total_kernel(
     for first in tl.range(0, local, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mass = tl.load(mass_ptr + column, mask=column < local, other=-1e30)
-        # in units of the best so far, so that one of the two powers is 1
-        less = tl.exp2(-tl.abs(mass - best))
-        total = tl.where(mass > best, total * less + 1.0, total + less)
-        best = tl.maximum(best, mass)
+        best, total = add_power(best, total, mass)
     most = tl.max(best, axis=0)
     tl.store(total_ptr + at, most + tl.log2(tl.sum(total * tl.exp2(best - most), axis=0)))
 

@@ -1,4 +1,4 @@
-"""What at least two kernels need: early starts, rows and their rotation, slots and pages, cap."""
+"""What at least two kernels need: early starts, powers, rows and their rotation, pages, cap."""
 
 import functools
 
@@ -59,6 +59,14 @@ def cap_logits(logits, soft_cap):
     """soft_cap * tanh(logits / soft_cap), from exponentials that cannot overflow to nan."""
     double = tl.exp2(tl.minimum(logits * (2.0 * LOG2E / soft_cap), 80.0))
     return soft_cap * (1.0 - 2.0 / (double + 1.0))
+
+
+@triton.jit
+def add_power(best, total, exponent):
+    """Two to the exponent, added to total, which is in units of two to the best so far."""
+    less = tl.exp2(-tl.abs(exponent - best))  # of old and new unit one is 1 in the other
+    total = tl.where(exponent > best, total * less + 1.0, total + less)
+    return tl.maximum(best, exponent), total
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from torch import Tensor
 from csrc_triton.layout import PROBES, Pages, Rotary, Scope, Tiles
 from csrc_triton.primitives import (
     LOG2E,
+    add_power,
     cap_logits,
     early_launch,
     load_rows,
@@ -152,10 +153,7 @@ def _key_mass_kernel(
                 logits = cap_logits(logits * scale, soft_cap) * LOG2E
             else:
                 logits = logits * (scale * LOG2E)
-            # in units of the best so far, so that one of the two powers is 1
-            less = tl.exp2(-tl.abs(logits - best))
-            mass = tl.where(logits > best, mass * less + 1.0, mass + less)
-            best = tl.maximum(best, logits)
+            best, mass = add_power(best, mass, logits)
         mass = best + tl.log2(mass)
         if OFFSETS > 1:
             mass = tl.where(belongs, mass, float("-inf"))
