@@ -10,6 +10,7 @@ import triton.language as tl
 
 from csrc_triton.primitives import (
     LOG2E,
+    beside_cache,
     cap_logits,
     find_pages,
     finish_rows,
@@ -95,6 +96,7 @@ def attend_single_kernel(
         query_ptr, row, head_idx, group_offs, length * GROUP, query_stride_token,
         query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, 1, PAD_HEAD,
     )  # fmt: skip
+    query, partner = beside_cache(query, key_cache_ptr), beside_cache(partner, key_cache_ptr)
 
     # lanes are (slot, row), keys (slot, offset); only what has one slot belongs together
     lane_slot = tl.arange(0, SLOTS * ROWS) // ROWS
@@ -167,7 +169,8 @@ def attend_single_kernel(
     else:
         acc = finish_rows(best, total, acc, sink_ptr, head, group_mask, value_scale, HAS_SINKS)
         at = row.to(tl.int64) * out_stride_token + head * out_stride_head
-        tl.store(out_ptr + at[:, None] + head_offs[None, :], acc.to(query.dtype), mask=out_mask)
+        acc = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at[:, None] + head_offs[None, :], acc, mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from csrc_triton.primitives import (
     LOG2E,
+    beside_cache,
     cap_logits,
     find_pages,
     finish_rows,
@@ -90,7 +91,8 @@ def _attend_keys(
     weight = tl.exp2(logits - new_best[:, None])
     rescale = tl.exp2(best - new_best)
     total = total * rescale + tl.sum(weight, axis=1)
-    acc = tl.dot(weight.to(dtype), value.to(dtype), acc * rescale[:, None])
+    value = beside_cache(value, value_cache_ptr)
+    acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None])
     return new_best, total, acc
 
 

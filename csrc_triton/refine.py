@@ -18,6 +18,7 @@ from csrc_triton.layout import PROBES, Pages, Rotary, Scope, Tiles
 from csrc_triton.primitives import (
     LOG2E,
     add_power,
+    beside_cache,
     cap_logits,
     early_launch,
     load_rows,
@@ -137,6 +138,7 @@ def _key_mass_kernel(
             query_stride_token, query_stride_head, HEAD_SIZE, HALF, INTERLEAVED, GROUP, STEP,
             PAD_HEAD,
         )  # fmt: skip
+        query, partner = beside_cache(query, key_cache_ptr), beside_cache(partner, key_cache_ptr)
         best = tl.full([OFFSETS * ROWS, BLOCKS * OFFSETS], float("-inf"), tl.float32)
         mass = tl.zeros([OFFSETS * ROWS, BLOCKS * OFFSETS], tl.float32)
         for offset in tl.range(0, BLOCK_SIZE, OFFSETS, num_stages=STAGES):
