@@ -261,6 +261,7 @@ def report(plan: Plan) -> str:
         else:
             ways = "; or ".join(plan.ways_out()) or "no number of GPUs up to 8 helps"
             lines.append(f"DOES NOT FIT; instead: {ways}")
+            return "\n".join(lines)  # no command that would fail
     return "\n".join([*lines, "", plan.command])
 
 
