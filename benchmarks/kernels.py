@@ -489,10 +489,11 @@ def run(quick: bool) -> None:
     bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
     llama, qwen = "llama-3.1-8b", "qwen2.5-1.5b"
     cases = [("decode", llama, n, 1, bf16, 1) for n in (8192, 32768, 131072, 524288, 1048576)]
-    cases += [("decode", llama, 131072, b, bf16, 1) for b in (8, 32)]
+    cases += [("decode", llama, n, b, bf16, 1) for n in (8192, 131072) for b in (8, 32)]
     cases += [("prefill", llama, n, 1, bf16, NEW_TOKENS) for n in (8192, 131072, 524288, 1048576)]
     if not quick:
         cases += [("decode", llama, n, 1, fp8, 1) for n in (131072, 1048576)]
+        cases += [("decode", llama, n, b, fp8, 1) for n in (8192, 32768) for b in (8, 32)]
         cases += [("prefill", llama, n, 1, fp8, NEW_TOKENS) for n in (131072, 1048576)]
         cases += [("decode", qwen, n, 1, bf16, 1) for n in (32768, 131072, 1048576, 4194304)]
         cases += [("prefill", qwen, n, 1, bf16, NEW_TOKENS) for n in (131072, 1048576, 4194304)]

@@ -261,8 +261,9 @@ def report(plan: Plan) -> str:
         else:
             ways = "; or ".join(plan.ways_out()) or "no number of GPUs up to 8 helps"
             lines.append(f"DOES NOT FIT; instead: {ways}")
-            return "\n".join(lines)  # no command that would fail
-    return "\n".join([*lines, "", plan.command])
+    if plan.fits is not False:  # no command that would fail
+        lines += ["", plan.command]
+    return "\n".join(lines)
 
 
 def _gib(size: int) -> str:
