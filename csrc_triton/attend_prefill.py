@@ -74,10 +74,11 @@ def _attend_keys(
         rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
         rest_mask = (rest_offs < HEAD_SIZE)[None, :]
         rest = tl.load(key_cache_ptr + row + rest_offs[None, :], mask=rest_mask, other=0.0)
+        rest = tl.trans(rest.to(query_rest.dtype))
         if HALF > 0:
-            logits = tl.dot(query_rest, tl.trans(rest.to(dtype)), logits)
+            logits = tl.dot(query_rest, rest, logits)
         else:
-            logits = tl.dot(query_rest, tl.trans(rest.to(dtype)))
+            logits = tl.dot(query_rest, rest)
     if HAS_CAP:
         logits = cap_logits(logits * scale, soft_cap) * LOG2E
     else:
@@ -187,6 +188,7 @@ def attend_tile_kernel(
         rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
         mask = row_mask[:, None] & (rest_offs < HEAD_SIZE)[None, :]
         query_rest = tl.load(query_row_ptr + rest_offs[None, :], mask=mask, other=0.0)
+        query_rest = beside_cache(query_rest, key_cache_ptr)
 
     # SLOTS at a time; only a window's first keys and the tile's own block need a mask.
     plain_end = (num_slots - 1) // SLOTS * SLOTS

@@ -109,8 +109,8 @@ def row_strides(blocks: torch.Tensor) -> tuple[int, int]:
 def beside_cache(x, cache_ptr):
     """x in the dtype in which it is multiplied by what the cache holds.
 
-    fp16 for e4m3, which fits into it: to bf16 each number takes a conversion of its own, at an
-    eighth of the usual rate.
+    fp16 for e4m3, which fits into it: one instruction widens two numbers, where each takes one of
+    its own to become bf16.
     """
     if cache_ptr.dtype.element_ty.primitive_bitwidth == 8:
         return x.to(tl.float16)
