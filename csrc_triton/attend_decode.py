@@ -2,7 +2,8 @@
 
 Bound by reading the scope, so the queries turn and keys go straight from the page into the
 product. A product has 16 rows at least: what a group leaves empty is filled with the same queries
-turned to the next slots.
+turned to the next slots. Values of 8 bits are read as pairs of 16, which the instruction that
+transposes on the way from shared memory takes; single bytes would be read one by one.
 """
 
 import triton
@@ -18,6 +19,7 @@ from csrc_triton.primitives import (
     tile_slots,
     turn_rows,
     wait_for_previous,
+    widen_pairs,
 )
 
 
@@ -109,23 +111,35 @@ def attend_single_kernel(
     head_mask = (head_offs < HEAD_SIZE)[None, :]
     key_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
     value_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
+    PAIRS: tl.constexpr = 2 if value_cache_ptr.dtype.element_ty.primitive_bitwidth == 8 else 1
+    if PAIRS == 2:
+        value_cache_ptr = value_cache_ptr.to(tl.pointer_type(tl.int16))
+    value_offs = tl.arange(0, PAD_HEAD // PAIRS)
+    value_mask = (value_offs < HEAD_SIZE // PAIRS)[None, :]
+    if 2 * HALF == HEAD_SIZE:  # what scales all channels scales the logits
+        scale *= query_scale
+        query_scale = 1.0
     best = tl.full([SLOTS * ROWS], -1e30, tl.float32)
     total = tl.zeros([SLOTS * ROWS], tl.float32)
-    acc = tl.zeros([SLOTS * ROWS, PAD_HEAD], tl.float32)
+    acc = tl.zeros([SLOTS * ROWS, PAD_HEAD // PAIRS], tl.float32)
+    if PAIRS == 2:  # acc has the even channels
+        odd_acc = tl.zeros([SLOTS * ROWS, PAD_HEAD // 2], tl.float32)
     block, page = find_pages(
         start + key_slot, end, num_global, num_recalled, local, recalled_ptr, table_ptr
     )
     for first_slot in tl.range(start, end, SLOTS, num_stages=STAGES):
         at = (page * cache_stride_block + offset * HEAD_SIZE)[:, None] + head_offs[None, :]
+        value_row = page * (cache_stride_block // PAIRS) + offset * (HEAD_SIZE // PAIRS)
+        value_at = value_row[:, None] + value_offs[None, :]
         key_at = block * BLOCK_SIZE + offset
         seen = (first_slot + key_slot < end) & (key_at <= position)
         # a page's unwritten rows may hold anything, nan too: keep them out of the product
         if HEAD_SIZE == PAD_HEAD:
             keys = tl.load(key_cache_ptr + at)
-            values = tl.load(value_cache_ptr + at, mask=seen[:, None], other=0.0)
+            values = tl.load(value_cache_ptr + value_at, mask=seen[:, None], other=0)
         else:
             keys = tl.load(key_cache_ptr + at, mask=head_mask, other=0.0)
-            values = tl.load(value_cache_ptr + at, mask=seen[:, None] & head_mask, other=0.0)
+            values = tl.load(value_cache_ptr + value_at, mask=seen[:, None] & value_mask, other=0)
         block, page = find_pages(
             first_slot + SLOTS + key_slot, end, num_global, num_recalled, local, recalled_ptr,
             table_ptr,
@@ -147,9 +161,15 @@ def attend_single_kernel(
         weight = tl.exp2(logits - new_best[:, None])
         rescale = tl.exp2(best - new_best)
         total = total * rescale + tl.sum(weight, axis=1)
-        acc = tl.dot(weight.to(turned.dtype), values.to(turned.dtype), acc * rescale[:, None])
+        weight = weight.to(turned.dtype)
+        if PAIRS == 2:
+            values, odd_values = widen_pairs(values)
+            odd_acc = tl.dot(weight, odd_values, odd_acc * rescale[:, None])
+        acc = tl.dot(weight, values, acc * rescale[:, None])
         best = new_best
 
+    if PAIRS == 2:
+        acc = tl.interleave(acc, odd_acc)
     if SLOTS > 1:
         lane_best = best
         best = tl.max(tl.reshape(best, [SLOTS, ROWS]), axis=0)

@@ -283,7 +283,7 @@ def test_hopper_is_given_keys_it_knows():
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter has no fp8")
 @pytest.mark.parametrize(
-    "case", [DECODE[0], DECODE[3], PREFILL[0], PREFILL[2], PREFILL[8], *PREFILL[10:]], ids=str
+    "case", [*DECODE, PREFILL[0], PREFILL[2], PREFILL[8], *PREFILL[10:]], ids=str
 )
 @each_dtype
 def test_fp8_cache(case, dtype):
@@ -310,7 +310,9 @@ def test_fp8_cache(case, dtype):
         refined = kernels.refine_scores(*given, *told, case.soft_cap)
         exact = reference.refine_scores(*inputs.exact().score_args()[:4], *told, case.soft_cap)
         torch.testing.assert_close(refined.double(), exact, rtol=0.02, atol=0.01)
-    assert mass.recalled_share(case.heads[1] - 1, *given, recalled, scope, rotary, scale).max() <= 1
+    if scope.recall_blocks:
+        given = *given, recalled, scope, rotary, scale
+        assert mass.recalled_share(case.heads[1] - 1, *given).max() <= 1
 
 
 @pytest.mark.skipif(not ON_GPU, reason="too many for the interpreter")
