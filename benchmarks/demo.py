@@ -111,7 +111,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="a folder")
-    # Of seed 0 it tells one code, 11124, as 11214, with the fact in scope: docs/fidelity.md
+    # Of seed 0 it tells one code, 11124, as 11214, with the fact in scope: docs/choices.md
     parser.add_argument("--seed", type=int, default=10)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the servers end, too

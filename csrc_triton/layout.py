@@ -45,11 +45,11 @@ class Rotary(NamedTuple):
 SAMPLE_EVERY = 8  # see Scope.sample_from
 # Where keys tell a share, so many blocks, equally spaced, tell the mass of those that are neither
 # global nor candidates. With them a denominator is right to 0.05 of its logarithm, where estimates
-# from summaries are off by 0.7 (docs/fidelity.md).
+# from summaries are off by 0.7 (docs/choices.md).
 PROBES = 64
 # Of a tile in a Tail, one recalled block in so many is what the layer finds best; the others are
 # those of what layers share that it finds best. A layer's own finds alone distract as well
-# (docs/fidelity.md).
+# (docs/choices.md).
 OWN_PART = 4
 
 
@@ -67,7 +67,7 @@ class Scope(NamedTuple):
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
     # The same for tiles of one query, where more are cheap, and find more; 0: as many as for others
     single_candidates: int = 0
-    # Recalled by a tile of one query (docs/fidelity.md); None: as many as by others
+    # Recalled by a tile of one query (docs/choices.md); None: as many as by others
     single_recall: int | None = None
     # What the tokens before found counts so much for a token that the model writes; 0: nothing is
     # remembered. For per_layer alone.

@@ -14,7 +14,7 @@ from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tail, Tiles, nothin
 # tiles go through the selection in runs whose scratch stays below this.
 SELECTION_BYTES = 256 << 20
 # So many of a full tile's queries, at equal distances, select for all of it, at a fraction of what
-# all would cost (docs/fidelity.md).
+# all would cost (docs/choices.md).
 SELECTING_QUERIES = 8
 # Of a tile in a Tail, the shares of so many blocks at least, the best and the shared, are told to
 # the layers behind.

@@ -45,7 +45,7 @@ class ReAttentionConfig:
 
     The default scope is a quarter of the trained window, but at least 2048 tokens (or the window)
     and at most 8192: how much a model makes of recalled text falls before its window ends
-    (docs/fidelity.md).
+    (docs/choices.md).
     """
 
     global_size: int | None = None

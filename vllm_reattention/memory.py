@@ -11,7 +11,7 @@ from torch import Tensor
 from csrc_triton.layout import Memory, Tail, Tiles, nothing_kept
 from vllm_reattention.attention import stages
 
-BESIDE = 0.9  # docs/fidelity.md
+BESIDE = 0.9  # docs/choices.md
 
 
 class Memories:

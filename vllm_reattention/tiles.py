@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csrc_triton.layout import Tail, Tiles
 
-TAIL = 128  # tokens of a prompt, its last, in whose tiles every layer selects; docs/fidelity.md
+TAIL = 128  # tokens of a prompt, its last, in whose tiles every layer selects; docs/choices.md
 
 
 class DecodeTiles:
