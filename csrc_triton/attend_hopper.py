@@ -67,6 +67,7 @@ def _find_block(slot, num_slots, num_global, num_recalled, local, recalled_ptr):
     here = (slot >= 0) & (slot < num_slots)
     is_recalled = (slot >= num_global) & (slot < num_global + num_recalled)
     named = gl.load(recalled_ptr + slot - num_global, mask=is_recalled & here, other=0)
+    named = gl.maximum(named, 0)  # scores of nan recall nothing
     block = gl.where(slot < num_global, slot, local + slot - num_global - num_recalled)
     return gl.where(here, gl.where(is_recalled, named, block), -1)
 

@@ -14,7 +14,7 @@ from csrc_triton.layout import Memory, own_part
 from csrc_triton.primitives import early_launch, wait_for_previous
 
 # Registers of one program hold so many runs, and so many blocks of the best runs.
-MAX_RUNS = 4096  # counts of them must stay below 2^16
+MAX_RUNS = 4096
 MIN_RUN = 8
 
 
@@ -42,13 +42,11 @@ def _take_largest(key, k):
     found, wanted = _next_digit(key, found, wanted, 10, 6)
     found, wanted = _next_digit(key, found, wanted, 5, 5)
     found, wanted = _next_digit(key, found, wanted, 0, 5)
-    # keys before this one: larger ones in the low half, equals in the high half
     larger = (key > found).to(tl.int32)
     equal = (key == found).to(tl.int32)
-    before = tl.cumsum(larger + (equal << 16), 0)
-    equals = tl.minimum(before >> 16, wanted)
-    takes = (larger > 0) | ((equal > 0) & (before >> 16 <= wanted))
-    return takes, (before & 0xFFFF) + equals - 1
+    equals = tl.cumsum(equal, 0)
+    takes = (larger > 0) | ((equal > 0) & (equals <= wanted))
+    return takes, tl.cumsum(larger, 0) + tl.minimum(equals, wanted) - 1
 
 
 @triton.jit

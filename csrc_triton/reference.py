@@ -94,6 +94,7 @@ def write_kv(
         return
     raw = _unrotate(_wide(pages.key[full]) * pages.key_scale, rotary.cos_sin[:block_size])
     variance, mean = torch.var_mean(raw, dim=2, correction=0)
+    variance = variance.clamp(max=torch.finfo(pages.summary.dtype).max)  # fp16 ends at 65504
     pages.summary[full] = torch.stack((mean, variance), dim=2).to(pages.summary.dtype)
 
 

@@ -100,13 +100,16 @@ def _key_mass_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     head_idx = tl.program_id(1)
     out_row = tile_idx * tl.num_programs(1) + head_idx
+    if EVERY_BLOCK:  # for tiles that the kernel launched before this one may have computed
+        wait_for_previous(EARLY)
     num_rows, selects, local = selecting_tile(
         tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
     )
     every = _probe_distance(local, GLOBAL, PROBES)
     first_row = tl.load(row_ptr + tile_idx)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
-    wait_for_previous(EARLY)
+    if not EVERY_BLOCK:
+        wait_for_previous(EARLY)
     first_entry = tl.program_id(2) * BLOCKS
 
     # lanes are (offset, row), keys (block, offset); only what has one offset belongs together

@@ -23,6 +23,8 @@ def _store_summary(raw, mean_ptr, mask, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.
     away = raw - mean[None, :]
     variance = tl.sum(away * away, axis=0) / BLOCK_SIZE
     dtype = mean_ptr.dtype.element_ty
+    if dtype == tl.float16:  # an inf would make every share of the request nan
+        variance = tl.minimum(variance, 65504.0)
     tl.store(mean_ptr, mean.to(dtype), mask=mask)
     tl.store(mean_ptr + HEAD_SIZE, variance.to(dtype), mask=mask)
 

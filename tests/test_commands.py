@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -78,9 +79,15 @@ def test_plan_knows_sliding_windows(plan):
     assert "layers    2 with 4 KV heads of 128, 10 keep 512 tokens" in text
     assert "KV cache  4.1 KiB a token" in text
     assert "request   4.3 GiB for 1,048,576 tokens" in text
+    everywhere = GEMMA | dict(architectures=["MistralForCausalLM"], model_type="mistral")
+    everywhere |= dict(vocab_size=32000, intermediate_size=4096)
+    status, text = plan(everywhere, "--max-model-len", 2**20, "--gpu-memory", 1)
+    assert "layers    0 with 4 KV heads of 128, 12 keep 512 tokens" in text
+    assert "KV cache  0.0 KiB a token" in text
+    assert status == 1 and "DOES NOT FIT; instead: " in text
 
 
-def test_plan_refuses_what_cannot_be_served(plan, engine):
+def test_plan_refuses_what_cannot_be_served(plan, engine, folder):
     """Nor do numbers that mean nothing get a plan."""
     for words, says in (
         (("2048", "--gpus", 3), "--gpus must divide the 32 query heads, and divide the 8 KV heads"),
@@ -96,6 +103,15 @@ def test_plan_refuses_what_cannot_be_served(plan, engine):
     assert status == 2 and "the 3 KV heads or be a multiple of them, got 2" in text
     status, text = engine(engines.command, "plan", "no/such-model", "--max-model-len", 2048)
     assert status == 2 and text
+    for name, says in (
+        ("deepseek", "an MLA model keeps latents"),
+        ("bloom", "position must come from a rotary embedding, got ALiBi"),
+    ):
+        status, text = engine(engines.command, "plan", make(name, folder), "--max-model-len", 2048)
+        assert status == 2 and says in text.splitlines()[-1]
+        assert "choose another attention backend" in text and "vllm serve" not in text
+    status, text = plan(LLAMA_8B | dict(head_dim=512), "--max-model-len", 2048)
+    assert status == 2 and "head size must be a multiple of 8 from 32 to 256, got 512" in text
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
@@ -112,6 +128,15 @@ def test_the_doctor_finds_this_installation_sound(engine):
     assert [line.split()[:2] for line in text.splitlines()] == [
         ["pass", name] for name in ("versions", "device", "plugin", "backend", "arithmetic")
     ]
+
+
+def missing(package: str) -> str:
+    raise PackageNotFoundError(package)
+
+
+def test_the_doctor_asks_no_cpu_for_triton(engine):
+    status, text = engine(engines.ailing, doctor__version=missing)
+    assert status == 0 and text.startswith("pass  versions")
 
 
 def no_attention(*arguments, tail) -> None:

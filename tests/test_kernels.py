@@ -13,7 +13,7 @@ from csrc_triton import attend, kernels, layout, reference, refine
 from csrc_triton import exact as exact_module
 from csrc_triton.layout import KEPT, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
 from tests.cases import Case
-from vllm_reattention import attention, mass
+from vllm_reattention import attention, mass, memory, warm_up
 from vllm_reattention import tiles as tiles_module
 
 ON_GPU = torch.cuda.is_available()
@@ -187,6 +187,25 @@ def test_shares_of_logits_of_any_size(queries, far):
     exact = reference.refine_scores(*exact_args[:4], candidates, *exact_args[4:])
     assert exact.clamp(min=0).sum() > 1
     torch.testing.assert_close(actual.double(), exact, rtol=0.01, atol=0.001)
+
+
+@pytest.mark.parametrize("queries", [None, (33,)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("where", ["key", "query"])
+def test_outliers_of_fp16_hide_nothing(where, queries):
+    """Variances and squares end at 65504 there; an inf would make every share nan."""
+    case = Case(contexts=(600,), queries=queries, rotary_dim=0, scope=Scope(1, 4, 3, 8, 8))
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.query[..., 1] = 4.0
+    for block in (9, 17, 25):
+        inputs.key[16 * block : 16 * block + 16, :, 1] = 16.0
+    if where == "key":
+        inputs.key[70, :, 0], inputs.query[..., 0] = 2000.0, 0.0
+    else:
+        inputs.key[..., 0], inputs.query[..., 0] = 0.0, 3000.0
+    for stage in (reference, kernels):
+        inputs.write(stage.write_kv)
+        recalled = attention.select(*inputs.score_args(), stage=stage)[0]
+        assert all({9, 17, 25} <= set(row) for row in recalled.tolist())
 
 
 @pytest.mark.parametrize("all_are", ["candidates", "probes"])
@@ -385,6 +404,15 @@ def test_recall_blocks(kind, n, k):
     for given in ((None,), (extent,), (extent, None, True)):
         actual = kernels.recall_blocks(score, k, *given)
         assert torch.equal(actual, reference.recall_blocks(score, k, *given))
+
+
+@pytest.mark.parametrize("n,k", [(33000, 4096), (131104, 1000)])  # in one round and in two
+def test_any_number_of_blocks_may_be_alike(n, k):
+    """As those of one token said over and over; counts of them exceed 16 bits."""
+    score = torch.full((1, 1, n), 0.25, device=DEVICE)
+    score[..., [5, n - 1]] = 0.5
+    recalled = kernels.recall_blocks(score, k)
+    assert torch.equal(recalled, reference.recall_blocks(score, k))
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -778,7 +806,15 @@ def test_some_queries_of_a_tile_select_for_all(monkeypatch):
     assert not torch.equal(recalled, attention.select(*inputs.score_args()))
 
 
-@pytest.mark.parametrize("scope", [Scope(1, 4, 3, 8, 8), Scope(0, 0, 0, 0, window=50)], ids=str)
+@pytest.mark.parametrize(
+    "scope",
+    [
+        Scope(1, 4, 3, 8, 8),
+        Scope(1, 4, 3, 8, 8, memory=0.8, per_layer=True),
+        Scope(0, 0, 0, 0, window=50),
+    ],
+    ids=str,
+)
 def test_warm_up_runs_every_stage_and_writes_nothing(scope, monkeypatch):
     launched = []
 
@@ -787,13 +823,16 @@ def test_warm_up_runs_every_stage_and_writes_nothing(scope, monkeypatch):
         return lambda *args, **kwargs: launched.append(name) or stage(*args, **kwargs)
 
     everything = types.SimpleNamespace(**{name: counted(name) for name in kernels.__all__})
-    monkeypatch.setattr(attention, "stages", lambda device: everything)
+    for module in (attention, memory, warm_up):
+        monkeypatch.setattr(module, "stages", lambda device: everything)
     inputs = DECODE[0].build(torch.float16, DEVICE)
     cache_dtype = torch.float8_e4m3fn if ON_GPU else torch.float16
     counts = {1: {1, 5}, 16: {3}}
     given = (inputs.query, 2, cache_dtype, counts, 10, 16, scope, inputs.rotary, inputs.scale)
-    attention.warm_up(*given)
+    warm_up.warm_up(*given)
     selects = set()
     if scope.recall_blocks:
         selects = {"score_blocks", "recall_blocks", "refine_scores", "exact_scores"}
+    if scope.memory:
+        selects |= {"recollect", "keep"}
     assert set(launched) == {"write_kv", "attend"} | selects

@@ -151,13 +151,29 @@ def test_one_server_and_several_tell_the_same(folder, monkeypatch):
         )
 
 
-def test_the_servers_directory_goes_with_it():
-    code = (
-        "import os; from vllm_reattention import metrics as m; m.export(); print(os.environ['{}'])"
-    )
-    command = [sys.executable, "-c", code.format(metrics.DIRECTORY)]
-    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    assert path and not os.path.exists(path)
+def test_the_servers_directory_goes_with_it_and_not_with_what_it_forked():
+    code = f"""if True:
+        import os, sys
+        from vllm_reattention import metrics
+        metrics.export()
+        path = os.environ["{metrics.DIRECTORY}"]
+        child = os.fork()
+        if not child:
+            sys.exit()
+        os.waitpid(child, 0)
+        print(os.path.exists(path), path)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != metrics.DIRECTORY}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    existed, path = done.stdout.split()
+    assert existed == "True" and not os.path.exists(path)
+
+
+def test_a_name_is_cut_between_letters(folder):
+    metrics.Counts("x" + 200 * "é", engine=0, worker=0)
+    ((name, *_),) = read("rows_selected_total")
+    assert name == "x" + 127 * "é"
 
 
 def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path, monkeypatch):

@@ -20,12 +20,19 @@ from csrc_triton.layout import Scope, rotation_table
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.rope import Refused, Rope, read_table
-from vllm_reattention.tiles import DecodeTiles, ends_here, find_tail, prefill_tiles
+from vllm_reattention.tiles import (
+    DecodeTiles,
+    ends_here,
+    find_tail,
+    most_prefill_tiles,
+    prefill_tiles,
+)
 
 ROOT = Path(__file__).parent.parent
 # Each module may import only those before it.
 ORDER = [
-    *("config", "times", "metrics", "mass", "attention", "memory", "pages", "tiles", "compat"),
+    *("config", "times", "metrics", "mass", "attention", "memory", "warm_up"),
+    *("pages", "tiles", "compat"),
     *("rope", "proof", "metadata", "backend", "layers", "plan", "doctor", "__main__"),
 ]
 MAY_IMPORT_VLLM = {"compat", "metadata", "backend"}
@@ -272,6 +279,20 @@ def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
     assert done == [(rows, first) for rows in (8, 64, 64) for first in kinds]
 
 
+@pytest.mark.parametrize("num_pages, runs", [(0, 1), (3, 0)])
+def test_only_the_profile_run_warms_up(num_pages, runs, monkeypatch):
+    """Steps of an idle data-parallel rank have no metadata either, but pages."""
+    pytest.importorskip("vllm")
+    from vllm_reattention import backend
+
+    done = []
+    impl = object.__new__(backend.ReAttentionImpl)
+    monkeypatch.setattr(backend.ReAttentionImpl, "_warm_up", lambda *given: done.append(given))
+    row = torch.ones(1, 4, 32)
+    output = impl.forward(None, row, row, row, torch.empty(num_pages, 8), None, torch.empty(1, 4))
+    assert len(done) == runs and not output.any()
+
+
 def test_recalling_nothing():
     config = ReAttentionConfig(recall_size=0, local_size=480, scorer="summary")
     assert config.resolve(512, 32) == Scope(1, 0, 15, 16, single_recall=0)
@@ -397,6 +418,13 @@ def test_prefill_tiles_cover_each_query_once():
     last = tiles.position + tiles.length - 1
     used = tiles.length > 0
     assert torch.equal((tiles.position // 32)[used], (last // 32)[used])
+
+
+@pytest.mark.parametrize("news", [[1] * 9, [2] * 9, [8] * 9, [33] * 9, [4000, 1, 2], [64]])
+def test_the_profile_run_tries_as_many_tiles_as_a_step_can_have(news):
+    starts, lengths = requests(*((31, new) for new in news))
+    made = len(prefill_tiles(starts, starts, lengths, 0, block_size=32).row)
+    assert made <= most_prefill_tiles(sum(news), len(news), 32) <= sum(news)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])

@@ -228,7 +228,16 @@ def test_other_caches_run(options, folder, engine):
         (
             "llama",
             dict(kv_transfer_config=dict(kv_connector="LMCacheConnectorV1", kv_role="kv_both")),
-            "must move whole pages, LMCacheConnectorV1 moves ... use OffloadingConnector",
+            "must move whole pages, LMCacheConnectorV1 hands them ... use OffloadingConnector",
+        ),
+        (
+            "llama",
+            dict(
+                attention_backend=None,
+                attention_config=dict(backend_per_kind=dict(full_attention="reattention")),
+                additional_config={"reattention": dict(topk=4)},
+            ),
+            "must be among",
         ),
         (
             "llama",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tail, Tiles, nothing_kept
+from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tail, Tiles
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -203,62 +203,3 @@ def with_tail(recalled: Tensor, tail: Tail, own: Tensor) -> Tensor:
     """What was recalled for all tiles, but for those of the tail what was for these."""
     is_tail = (tail.of >= 0)[:, None, None]
     return torch.where(is_tail, own[tail.of.clamp(min=0)], recalled)
-
-
-def warm_up(
-    query: Tensor,
-    num_kv_heads: int,
-    cache_dtype: torch.dtype,
-    tile_counts: dict[int, set[int]],
-    max_blocks: int,
-    block_size: int,
-    scope: Scope,
-    rotary: Rotary,
-    scale: float,
-    soft_cap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> None:
-    """Compile what a server will run and touch the memory it will take, with nothing to do.
-
-    query        [num_tokens, num_heads, head_size], strided as it will be; any values
-    cache_dtype  of keys and values
-    tile_counts  numbers of tiles to try, by their max_length
-    """
-    stage, head_size, device = stages(query.device), query.shape[2], query.device
-    key = torch.zeros((1, num_kv_heads, block_size, head_size), dtype=cache_dtype, device=device)
-    pages = Pages(key, key.clone(), query.new_zeros((1, num_kv_heads, 2, head_size)))
-    nowhere = torch.full((1,), -1, device=device)
-    raw = query.new_zeros((1, num_kv_heads, head_size))
-    stage.write_kv(raw, raw, pages, nowhere, rotary)
-    block_table = torch.zeros((1, max_blocks), dtype=torch.int32, device=device)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for max_length, counts in tile_counts.items():
-        for num_tiles in counts:
-            nothing = torch.zeros(num_tiles, dtype=torch.int32, device=device)
-            tiles = Tiles(nothing, nothing, nothing, nothing, max_length)
-            kept, nobody = nothing_kept(1, device), nothing > 0
-            for width in _widths(max_blocks, scope):
-                table, memory = block_table[:, :width], None
-                if scope.memory and width > scope.dense_blocks:
-                    found = stage.recollect(kept, table, tiles, nobody, 0.0, block_size)
-                    memory = Memory(found, 1.0, max_length == 1)
-                given = (scope, rotary, scale, out, soft_cap, sinks)
-                tail = None
-                if max_length > 1:  # all of them may lie at ends of prompts
-                    of_layers = None
-                    if memory is not None:
-                        of_layers = Memory(memory.found.clone(), 1.0, True, memory.found.clone())
-                    tail = Tail(tiles, nothing.long() - 1, nothing.long(), of_layers)
-                reattention(query, pages, table, tiles, *given, memory=memory, tail=tail)
-                if memory is not None:
-                    stage.keep(kept, memory.found, table, tiles, block_size)
-
-
-def _widths(max_blocks: int, scope: Scope) -> list[int]:
-    """Widths of the block table that kernels differ for: recalling is compiled for powers of 2."""
-    least = min(max_blocks, scope.dense_blocks or max_blocks)  # a step that selects nothing
-    widths, width = [least], max_blocks
-    while width > least:
-        widths.append(width)
-        width = 1 << (width - 1).bit_length() - 1
-    return widths

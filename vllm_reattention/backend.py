@@ -19,12 +19,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from csrc_triton.layout import Pages, Rotary, Scope
 from vllm_reattention import compat
-from vllm_reattention.attention import reattention, stages, warm_up
+from vllm_reattention.attention import reattention, stages
 from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder, scope_of
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.proof import prove
 from vllm_reattention.rope import Refused, Rope, Site
-from vllm_reattention.tiles import FreshPrompts
+from vllm_reattention.tiles import FreshPrompts, most_prefill_tiles
+from vllm_reattention.warm_up import warm_up
 
 ELSEWHERE = "choose another attention backend"
 
@@ -62,7 +63,7 @@ class ReAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 32 <= head_size <= 256 and head_size % 8 == 0
+        return compat.is_head_size(head_size)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -238,7 +239,8 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         if attn_metadata is None:
-            self._warm_up(query, key)
+            if not kv_cache.numel():  # the profile run; later dummy runs have pages
+                self._warm_up(query, key)
             return output.fill_(0)
         scope = attn_metadata.scope
         if self.window:
@@ -330,7 +332,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if self.window:
             scope = Scope(0, 0, 0, 0, window=self.window)
         singles = min(self.most_singles, len(query))
-        prompts = len(query) // block_size + self.most_requests
+        prompts = most_prefill_tiles(len(query), self.most_requests, block_size)
         warm_up(
             query,
             self.num_kv_heads,

@@ -117,8 +117,9 @@ def _check_and_lift_length() -> None:
 
     @functools.wraps(create)
     def create_model_config(self):
-        backend = self.attention_backend or self.attention_config.backend
-        if str(getattr(backend, "name", backend)).upper() != NAME:
+        attention = self.attention_config
+        chosen = [self.attention_backend or attention.backend, *attention.backend_per_kind.values()]
+        if NAME not in (str(getattr(backend, "name", backend)).upper() for backend in chosen):
             return create(self)
         if refusal := version_refusal():
             raise ValueError(refusal)
@@ -173,11 +174,13 @@ def _refuse_companions(arguments) -> None:
             "choose another attention backend"
         )
     transfer = arguments.kv_transfer_config
-    if transfer is not None and transfer.has_connector("LMCacheConnectorV1"):
-        raise ValueError(
-            "the KV connector must move whole pages, LMCacheConnectorV1 moves keys and values and "
-            "would leave out their summaries; use OffloadingConnector or NixlConnector"
-        )
+    for name in ("LMCacheConnectorV1", "LMCacheMPConnector", "FlexKVConnectorV1"):
+        if transfer is not None and transfer.has_connector(name):
+            raise ValueError(
+                f"the KV connector must move whole pages, {name} hands them to a package that "
+                "knows keys and values alone and may leave out their summaries; use "
+                "OffloadingConnector or NixlConnector"
+            )
 
 
 @functools.cache
@@ -214,6 +217,23 @@ def tell_prompt_lengths() -> None:
 def prompt_lengths() -> torch.Tensor | None:
     """[num_requests or more] of the step whose metadata is built, on the host; None: no such."""
     return _prompt_lengths.get()
+
+
+def model_refusal(model_config) -> str | None:
+    """Why a model cannot be served, as far as its configuration tells; the backend says it, too."""
+    elsewhere = f"choose another attention backend for {model_config.architecture}"
+    if model_config.use_mla:
+        return f"keys must be kept per head, an MLA model keeps latents; {elsewhere}"
+    if model_config.uses_alibi:
+        return f"position must come from a rotary embedding, got ALiBi; {elsewhere}"
+    size = model_config.get_head_size()
+    if not is_head_size(size):
+        return f"head size must be a multiple of 8 from 32 to 256, got {size}; {elsewhere}"
+    return None
+
+
+def is_head_size(size: int) -> bool:
+    return 32 <= size <= 256 and size % 8 == 0
 
 
 def on_cpu() -> bool:

@@ -42,7 +42,8 @@ def versions() -> str:
         raise Unsound(refusal)
     return (
         f"vllm-reattention {__version__}, vLLM {compat.vllm_version()}, torch {torch.__version__}, "
-        f"triton {version('triton')}, Python {python_version()}"
+        + ("" if compat.on_cpu() else f"triton {version('triton')}, ")  # no need of it there
+        + f"Python {python_version()}"
     )
 
 

@@ -155,7 +155,11 @@ class Collector:
         records: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros((), RECORD))
         for path in Path(os.environ[DIRECTORY]).glob("*" + SUFFIX):
             (new,) = np.fromfile(path, RECORD)
-            labels = new["model_name"].decode(), str(new["engine"]), str(new["worker"])
+            labels = (
+                new["model_name"].decode(errors="ignore"),
+                str(new["engine"]),
+                str(new["worker"]),
+            )
             for name in set(RECORD.names or ()) - set(LABELS):
                 records[labels][name] += new[name]
         for name, about in COUNTERS.items():
@@ -197,8 +201,11 @@ def _make_directory() -> str:
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.rename(lock.name, path / OWNER)  # nobody sees it without its lock
 
+    owner = os.getpid()
+
     def remove() -> None:
-        shutil.rmtree(path, ignore_errors=True)
+        if os.getpid() == owner:  # and no process that it forked
+            shutil.rmtree(path, ignore_errors=True)
         lock.close()
 
     atexit.register(remove)

@@ -15,6 +15,7 @@ from vllm_reattention import compat
 from vllm_reattention.attention import scratch_per_tile, tiles_per_run
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token
+from vllm_reattention.tiles import most_prefill_tiles
 
 GIB = 2**30
 CHUNK = 8192  # --max-num-batched-tokens of the command that is planned
@@ -102,7 +103,8 @@ class Plan:
         if max_blocks <= scope.dense_blocks:
             return turned
         most = 0
-        for num_tiles, max_length in (MOST_REQUESTS, 1), (CHUNK // block, block):
+        prompts = most_prefill_tiles(CHUNK, MOST_REQUESTS, block)
+        for num_tiles, max_length in (MOST_REQUESTS, 1), (prompts, block):
             size = heads, self.kv_heads, max_length, max_blocks, scope
             numbers, own = scratch_per_tile(*size), scope.of(max_length)
             at_once = min(num_tiles, tiles_per_run(numbers))
@@ -134,6 +136,8 @@ class Plan:
     def longest(self) -> int:
         """The longest request known to fit, in whole blocks; 0: none."""
         block = compat.BLOCK_SIZES[0]
+        if not self.token_bytes:  # windows alone: all lengths take the same
+            return 0
         tokens = max(0, (self.room or 0) - self.fixed_bytes) // self.token_bytes
         return tokens // block * block
 
@@ -173,6 +177,8 @@ def make(
     if gpu_bytes is not None and gpu_bytes < 1:
         raise ValueError(f"--gpu-memory must be positive, got {gpu_bytes / GIB:g}")
     config = compat.model_config(model, max_model_len, kv_cache_dtype)
+    if refusal := compat.model_refusal(config):
+        raise ValueError(refusal)
     text, sizes = config.hf_text_config, config.model_arch_config
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
     if kinds == ["full_attention"]:

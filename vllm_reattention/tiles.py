@@ -44,6 +44,11 @@ class DecodeTiles:
         return Tiles(request, row, length, position, max_length=1)
 
 
+def most_prefill_tiles(num_tokens: int, num_requests: int, block_size: int) -> int:
+    """As many as prefill_tiles makes of any step of so many."""
+    return min(num_tokens, num_tokens // block_size + 2 * num_requests)
+
+
 def prefill_tiles(
     query_start_loc: Tensor,
     query_start_loc_cpu: Tensor,
