@@ -44,9 +44,14 @@ def _take_largest(key, k):
     found, wanted = _next_digit(key, found, wanted, 0, 5)
     larger = (key > found).to(tl.int32)
     equal = (key == found).to(tl.int32)
-    equals = tl.cumsum(equal, 0)
+    # how many there are up to each key
+    if key.shape[0] < 1 << 15:  # in one scan: larger ones in the low half, equals in the high half
+        both = tl.cumsum(larger + (equal << 16), 0)
+        larger_ones, equals = both & 0xFFFF, both >> 16
+    else:
+        larger_ones, equals = tl.cumsum(larger, 0), tl.cumsum(equal, 0)
     takes = (larger > 0) | ((equal > 0) & (equals <= wanted))
-    return takes, tl.cumsum(larger, 0) + tl.minimum(equals, wanted) - 1
+    return takes, larger_ones + tl.minimum(equals, wanted) - 1
 
 
 @triton.jit
