@@ -516,7 +516,7 @@ def plot() -> None:
     table = harness.read(harness.RESULTS / "kernels.csv")
     rows = [row for row in table if shown.items() <= row.items()]
     ours = dict.fromkeys(row["commit"] for row in rows if row["provider"] == "reattention")
-    newest, recent = {}, list(ours)[-7:]  # not every length is measured each time
+    newest, recent = {}, list(ours)[-9:]  # not every length is measured each time
     for row in rows:
         if row["provider"] == "reattention" and row["commit"] not in recent:
             continue  # others do not change with our commits

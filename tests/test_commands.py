@@ -52,7 +52,7 @@ def plan(engine, tmp_path):
 
 def test_plan_adds_up(plan):
     status, text = plan(LLAMA_8B, "--max-model-len", 2**20, "--gpu-memory", 141)
-    assert "KV cache  132.0 KiB a token, 4.0 of it summaries" in text
+    assert "KV cache  132.0 KiB per token, of which 4.0 are summaries" in text
     assert "request   132.0 GiB for 1,048,576 tokens" in text
     assert "weights   15.0 GiB" in text  # 8.03 G parameters, counted with no file to look at
     assert status == 1 and "DOES NOT FIT" in text and "vllm serve" not in text
@@ -61,7 +61,7 @@ def test_plan_adds_up(plan):
 
 def test_what_plan_proposes_fits(plan):
     _, text = plan(LLAMA_8B, "--max-model-len", 2**20, "--gpu-memory", 141)
-    ways = re.search("instead: (.*)", text).group(1).split("; or ")
+    ways = re.search("what fits: (.*)", text).group(1).split("; or ")
     assert len(ways) == 3
     for way in ways:
         flags = dict(zip(way.split()[::2], way.split()[1::2], strict=True))
@@ -76,15 +76,15 @@ def test_what_plan_proposes_fits(plan):
 def test_plan_knows_sliding_windows(plan):
     """Ten of twelve layers keep a window and a step's tokens, whatever the length."""
     _, text = plan(GEMMA, "--max-model-len", 2**20)
-    assert "layers    2 with 4 KV heads of 128, 10 keep 512 tokens" in text
-    assert "KV cache  4.1 KiB a token" in text
+    assert "layers    2 with full attention, 10 with windows of 512; 4 KV heads of size 128" in text
+    assert "KV cache  4.1 KiB per token" in text
     assert "request   4.3 GiB for 1,048,576 tokens" in text
     everywhere = GEMMA | dict(architectures=["MistralForCausalLM"], model_type="mistral")
     everywhere |= dict(vocab_size=32000, intermediate_size=4096)
     status, text = plan(everywhere, "--max-model-len", 2**20, "--gpu-memory", 1)
-    assert "layers    0 with 4 KV heads of 128, 12 keep 512 tokens" in text
-    assert "KV cache  0.0 KiB a token" in text
-    assert status == 1 and "DOES NOT FIT; instead: " in text
+    assert "layers    0 with full attention, 12 with windows of 512; 4 KV heads" in text
+    assert "KV cache  0.0 KiB per token" in text
+    assert status == 1 and "DOES NOT FIT; what fits: " in text
 
 
 def test_plan_refuses_what_cannot_be_served(plan, engine, folder):
@@ -152,12 +152,16 @@ def what_is_first(query, pages, table, tiles, shared, *rest):
     "ailment, check, says",
     [
         (dict(compat__VLLM_RANGE=">=99"), "versions", "must run with vllm>=99"),
-        (dict(compat__on_cpu=bool), "device", "torch sees no GPU"),
+        (dict(compat__on_cpu=bool), "device", "torch finds no GPU"),
         (dict(environment=dict(VLLM_PLUGINS="lora")), "plugin", "add reattention"),
-        (dict(compat__PATH="another.Backend"), "backend", "another plugin has taken the name"),
+        (
+            dict(compat__PATH="another.Backend"),
+            "backend",
+            "another plugin has registered this name",
+        ),
         (dict(doctor__NEEDLES=(9, 17, 29)), "arithmetic", "selection missed blocks [29]"),
         (dict(doctor__select_for_tail=what_is_first), "arithmetic", "missed blocks [9, 17, 22]"),
-        (dict(doctor__reattention=no_attention), "arithmetic", "off float64"),
+        (dict(doctor__reattention=no_attention), "arithmetic", "differs from float64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

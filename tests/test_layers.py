@@ -57,7 +57,7 @@ def test_facts_that_are_not_told_do_not_count(model):
     wrong = prompt._replace(tokens=[*prompt.tokens[:-1], prompt.tokens[0]])
     _, mass = model.attention_on_fact(prompt)
     assert torch.equal(layers.measure(model, [wrong, prompt, wrong]), mass)
-    with pytest.raises(ValueError, match="at least one of 2 facts in"):
+    with pytest.raises(ValueError, match="at least one of 2 questions about"):
         layers.measure(model, [wrong, wrong])
 
 
@@ -95,7 +95,7 @@ def test_the_prompts_hold_their_facts():
 def test_the_command_says_what_was_found(monkeypatch, engine):
     """Of a model that cannot tell passkeys it says so."""
     status, text = engine(engines.command, "layers", TINY)
-    assert status == 2 and "must tell at least one of 6 facts" in text.splitlines()[-1]
+    assert status == 2 and "must answer at least one of 6 questions" in text.splitlines()[-1]
     monkeypatch.setattr(layers, "passkeys", lambda *_: [told(6), told(7)])
     text = layers.report(str(TINY))
     assert "layer  attention" in text and "select_layers" in text.splitlines()[-1]

@@ -1,24 +1,24 @@
-"""What a length takes (plan), which layers look for facts (layers), and is all sound (doctor)."""
+"""Plan memory for a context length, see which layers look for facts, check the installation."""
 
 import argparse
 import sys
 
 
 def main(words: list[str]) -> int:
-    """0: it fits, or all is well; 1: not; 2: it cannot be told."""
+    """Exit status. 0: it fits, or all is well; 1: it does not; 2: the question has no answer."""
     parser = argparse.ArgumentParser(prog="python -m vllm_reattention", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    plan = commands.add_parser("plan", help="what a context length takes, and how to serve it")
+    plan = commands.add_parser("plan", help="memory of a context length, and the command")
     plan.add_argument("model", help="a folder or a name, as vLLM takes it")
     plan.add_argument("--max-model-len", type=int, required=True)
-    plan.add_argument("--gpus", type=int, default=1, help="for tensor parallelism")
+    plan.add_argument("--gpus", type=int, default=1, help="number, for tensor parallelism")
     plan.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
-    plan.add_argument("--gpu-memory", type=float, help="GiB of each; that of this machine's")
+    plan.add_argument("--gpu-memory", type=float, help="GiB of each (default: this GPU's)")
     layers = commands.add_parser(
-        "layers", help="which layers look for facts, to try as select_layers"
+        "layers", help="which layers look for facts: candidates for select_layers"
     )
     layers.add_argument("model", help="a folder or a name, as Transformers takes it")
-    commands.add_parser("doctor", help="is this installation sound?")
+    commands.add_parser("doctor", help="check this installation")
     options = parser.parse_args(words)
     try:
         return {"plan": _plan, "layers": _layers, "doctor": _doctor}[options.command](options)

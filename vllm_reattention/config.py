@@ -22,29 +22,29 @@ SELECTIONS = 7  # of a model at least, if it has so many layers
 class ReAttentionConfig:
     """Sizes in tokens; None is derived from the model's trained window.
 
-    global_size   first tokens, always attended to; default 32, at least one block
-    local_size    last tokens, always attended to; default a quarter of the scope
-    recall_size   tokens recalled from between; default the rest of the scope; 0 recalls nothing
+    global_size   first tokens of the context, always attended to; default 32, at least one block
+    local_size    most recent tokens, always attended to; default a quarter of the scope
+    recall_size   tokens selected from those between; default the rest of the scope; 0 selects none
     decode_recall_size
-                  so many of them for a token that the model writes; default half, which takes less
-                  time; answers that list many facts want all
-    dense_limit   up to here a query attends to everything; default the scope, which finds more
-                  beyond it than a higher limit does
-    scorer        layer: the best candidates are scored again from their keys; a layer's KV heads
-                  add up their scores and recall the same blocks
-                  refined: the same, but each KV head recalls for itself
-                  summary: each KV head ranks blocks by their summaries alone, but for a prompt's
-                  last tokens, which read all keys with any scorer
-    select_every  every how many layers selects; those behind it recall the same blocks. For the
-                  scorer "layer" alone; default 4, fewer in models with fewer than 28 layers
-    select_layers instead of that, the layers that select, by number from 0 on; layer 0 does always.
-                  `python -m vllm_reattention layers MODEL` names those that find facts
-    memory        what the tokens before found counts so much in the selections of a token that the
-                  model writes, and so much again for the next; 0 forgets. For the scorer "layer"
-                  alone; default 0.8, or 0 where every layer selects, which finds as much without
+                  tokens selected when a token is decoded; default half of recall_size, which takes
+                  less time; answers that list many facts need all of it
+    dense_limit   context length up to which a query attends to everything; default the scope,
+                  which finds more beyond it than a higher limit does
+    scorer        layer: blocks are scored from their summaries, then the best candidates again from
+                  their keys; the KV heads of a layer add up their scores and recall the same blocks
+                  refined: the same, but each KV head recalls its own blocks
+                  summary: each KV head ranks blocks by their summaries alone. At the end of a
+                  prompt every key is scored, with any scorer
+    select_every  one layer in this many selects, and the following ones reuse its selection. Only
+                  with the scorer "layer"; default 4, fewer in models with fewer than 28 layers
+    select_layers the numbers of the layers that select, in place of select_every; layer 0 always
+                  does. `python -m vllm_reattention layers MODEL` prints those that find facts
+    memory        factor by which what earlier selections found is added to the scores of the next
+                  decoded token; 0 turns it off. Only with the scorer "layer"; default 0.8, or 0
+                  where every layer selects, which finds as much without
 
     The default scope is a quarter of the trained window, but at least 2048 tokens (or the window)
-    and at most 8192: how much a model makes of recalled text falls before its window ends
+    and at most 8192: models make less of recalled text well before their window ends
     (docs/choices.md).
     """
 

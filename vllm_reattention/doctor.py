@@ -1,4 +1,4 @@
-"""python -m vllm_reattention doctor: is this installation sound?"""
+"""python -m vllm_reattention doctor: check this installation."""
 
 import os
 from collections.abc import Callable
@@ -49,13 +49,13 @@ def versions() -> str:
 
 def device() -> str:
     if compat.on_cpu():
-        return "CPU: the reference in plain PyTorch, right and slow"
+        return "CPU: the reference in plain PyTorch (correct, but slow)"
     if not torch.cuda.is_available():
-        raise Unsound("vLLM here is not for CPUs, and torch sees no GPU; check nvidia-smi")
+        raise Unsound("this vLLM is not a CPU build, and torch finds no GPU; check nvidia-smi")
     about = torch.cuda.get_device_properties(0)
     if (about.major, about.minor) < (8, 0):
         raise Unsound(
-            f"the GPU must have compute capability 8.0 or more, {about.name} has "
+            f"the GPU must have compute capability 8.0 or later, {about.name} has "
             f"{about.major}.{about.minor}"
         )
     return f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
@@ -66,12 +66,12 @@ def plugin() -> str:
     found = [e for e in entry_points(group="vllm.general_plugins") if e.name == "reattention"]
     if not found:
         raise Unsound(
-            "no entry point: vllm-reattention must be installed (pip install), not only "
-            "be importable"
+            "no entry point found: vllm-reattention must be installed with pip; being "
+            "importable is not enough"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "reattention" not in allowed.split(","):
-        raise Unsound(f"VLLM_PLUGINS={allowed} leaves it out; add reattention")
+        raise Unsound(f"VLLM_PLUGINS={allowed} excludes this plugin; add reattention to it")
     return f"{found[0].value}"
 
 
@@ -79,8 +79,8 @@ def backend() -> str:
     path = compat.registered_path()
     if path != compat.PATH:
         raise Unsound(
-            f"vLLM's backend {compat.NAME} must be {compat.PATH}, is {path}; another "
-            "plugin has taken the name"
+            f"vLLM's backend {compat.NAME} must be {compat.PATH}, got {path}: another "
+            "plugin has registered this name; remove it or set VLLM_PLUGINS=reattention"
         )
     return f"--attention-backend {compat.NAME.lower()}"
 
@@ -102,9 +102,11 @@ def arithmetic() -> str:
     worst = torch.stack(errors).max()  # unlike Python's, it keeps nan
     allowed = 1e-5 if dtype == torch.float32 else 2e-2
     if not worst < allowed:
-        raise Unsound(f"attention in {dtype} is {worst:.0e} off float64, more than {allowed:.0e}")
+        raise Unsound(
+            f"attention in {dtype} differs from float64 by {worst:.0e}, more than {allowed:.0e}"
+        )
     kind = "reference" if where.type == "cpu" else "kernels"
-    return f"{kind} in {dtype}: {worst:.0e} off float64"
+    return f"{kind} in {dtype}: relative error {worst:.0e} against float64"
 
 
 CHECKS: dict[str, Callable[[], str]] = {

@@ -65,7 +65,9 @@ class Model:
             logits = self.model(tokens, use_cache=False, logits_to_keep=keep).logits[0, :-1]
         if not self.seen:
             name = type(self.model).__name__
-            raise ValueError(f"{name} must tell its attention's weights; leave select_layers out")
+            raise ValueError(
+                f"{name} must return attention weights to be measured; keep the default layers"
+            )
         finds = torch.equal(logits.argmax(-1), tokens[0, -told.answer_len :])
         num_layers = self.model.config.num_hidden_layers
         return finds, torch.tensor([self.seen.get(layer, 0.0) for layer in range(num_layers)])
@@ -108,8 +110,8 @@ def measure(model: Model, prompts: list[Told]) -> Tensor:
     masses = [mass for finds, mass in told if finds]
     if not masses:
         raise ValueError(
-            f"the model must tell at least one of {len(prompts)} facts in {len(prompts[0].tokens)} "
-            "tokens that it attends to, got none; leave select_layers out"
+            f"the model must answer at least one of {len(prompts)} questions about "
+            f"{len(prompts[0].tokens)} tokens, got none right; keep the default layers"
         )
     return torch.stack(masses).mean(0)
 
@@ -137,7 +139,7 @@ def report(folder: str) -> str:
     usual = by_default(candidates, len(mass))
     chosen = choose(mass, candidates, len(usual))
     whole, most = mass[candidates].sum(), mass[candidates].max()
-    lines = ["layer  attention on facts, of all heads    d: selects by default, s: looks most"]
+    lines = ["layer  attention on facts, sum of heads    d: selects by default, s: suggested"]
     for layer in candidates:
         marks = ("d" if layer in usual else " ") + ("s" if layer in chosen else "")
         bar = "=" * round(20 * float(mass[layer] / most))
@@ -147,8 +149,8 @@ def report(folder: str) -> str:
     return "\n".join(
         [
             *lines,
-            f"The layers that select by default have {shares[0]:.0%} of that attention, as many "
-            f"others {shares[1]:.0%}:",
+            f"The layers that select by default have {shares[0]:.0%} of this attention; these, as "
+            f"many, have {shares[1]:.0%}:",
             f"""--additional-config '{{"reattention": {{"select_layers": [{named}]}}}}'""",
         ]
     )

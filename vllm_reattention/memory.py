@@ -64,4 +64,4 @@ class Memories:
 def with_neighbours(found: Tensor) -> Tensor:
     """Blocks count for nearly as much as those beside them: a fact may be cut by a block's end."""
     beside = torch.nn.functional.max_pool1d(found[:, None], 3, stride=1, padding=1)[:, 0]
-    return torch.maximum(found, BESIDE * beside)
+    return torch.maximum(found, beside.mul_(BESIDE), out=beside)  # rows are as long as contexts

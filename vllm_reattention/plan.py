@@ -1,4 +1,4 @@
-"""python -m vllm_reattention plan: what a length takes on given GPUs, with nothing started."""
+"""python -m vllm_reattention plan: the memory of a context length, with nothing started."""
 
 import shlex
 from contextlib import suppress
@@ -118,6 +118,7 @@ class Plan:
                 numbers = scratch_per_tile(*size, is_tail=True)
                 at_once = min(num_tiles, tiles_per_run(numbers))
                 most = max(most, 4 * (at_once * numbers + remembered))
+                most = max(most, 4 * (remembered + remembered // memories))  # kept with neighbours
         return max(most, turned)
 
     @property
@@ -239,34 +240,38 @@ def report(plan: Plan) -> str:
     each = "on each GPU, " if plan.gpus > 1 else ""
     lines = [
         f"{plan.model}: {shape.architecture}, trained on {shape.trained_window:,} tokens",
-        f"layers    {shape.full_layers} with {shape.num_kv_heads} KV heads of {shape.head_size}"
-        + (f", {shape.window_layers} keep {shape.window} tokens" if shape.window_layers else ""),
+        f"layers    {shape.full_layers} with full attention"
+        + (f", {shape.window_layers} with windows of {shape.window}" if shape.window_layers else "")
+        + f"; {shape.num_kv_heads} KV heads of size {shape.head_size}",
         f"scope     {scope.blocks * block:,} tokens: {scope.global_blocks * block} global, "
-        f"{scope.recall_blocks * block:,} recalled, "
-        f"{scope.of(1).recall_blocks * block:,} of them in decode, "
-        f"{scope.local_blocks * block:,} local; everything up to {scope.dense_blocks * block:,}",
-        f"KV cache  {each}{plan.token_bytes / 1024:.1f} KiB a token, "
-        f"{plan.summary_bytes / 1024:.1f} of it summaries",
+        f"{scope.recall_blocks * block:,} recalled "
+        f"({scope.of(1).recall_blocks * block:,} in decode), "
+        f"{scope.local_blocks * block:,} local; full attention up to "
+        f"{scope.dense_blocks * block:,} tokens",
+        f"KV cache  {each}{plan.token_bytes / 1024:.1f} KiB per token, "
+        f"of which {plan.summary_bytes / 1024:.1f} are summaries",
         f"request   {each}{_gib(plan.request_bytes)} for {plan.max_model_len:,} tokens",
-        f"scratch   {each}{_gib(plan.scratch_bytes)} in vLLM's profile run",
+        f"scratch   {each}{_gib(plan.scratch_bytes)}, reserved in vLLM's profile run",
     ]
     if shape.weight_bytes is None:
-        lines.append("weights   not known before they are here")
+        lines.append("weights   unknown until they are downloaded")
     else:
         lines.append(f"weights   {each}{_gib(plan.weight_bytes)}")
     if plan.room is None or plan.gpu_bytes is None:
-        lines.append("room      not known: --gpu-memory GiB tells")
+        lines.append("room      unknown: pass --gpu-memory GiB")
     else:
         lines.append(
-            f"room      {each}{_gib(plan.room)} for the KV cache: vLLM takes "
-            f"{compat.memory_share():.0%} of {_gib(plan.gpu_bytes)}, and {_gib(RESERVE)} are left "
-            "for all else"
+            f"room      {each}{_gib(plan.room)} for the KV cache: vLLM uses "
+            f"{compat.memory_share():.0%} of {_gib(plan.gpu_bytes)}, of which {_gib(RESERVE)} are "
+            "reserved for activations and CUDA graphs"
         )
         if plan.fits:
-            lines.append(f"fits      {plan.room / plan.request_bytes:.1f} such requests at once")
+            lines.append(
+                f"fits      {plan.room / plan.request_bytes:.1f} such requests at the same time"
+            )
         else:
-            ways = "; or ".join(plan.ways_out()) or "no number of GPUs up to 8 helps"
-            lines.append(f"DOES NOT FIT; instead: {ways}")
+            ways = "; or ".join(plan.ways_out()) or f"nothing does, with up to {MOST_GPUS} GPUs"
+            lines.append(f"DOES NOT FIT; what fits: {ways}")
     if plan.fits is not False:  # no command that would fail
         lines += ["", plan.command]
     return "\n".join(lines)
