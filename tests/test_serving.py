@@ -199,6 +199,15 @@ def test_other_caches_run(options, folder, engine):
     assert len(tokens[0]) == 16 and counts[0][0] > 300
 
 
+def test_it_may_be_chosen_for_one_kind_of_layers(folder, engine):
+    model = make("llama", folder)
+    kinds = dict(backend_per_kind=dict(full_attention="reattention"))
+    chosen = dict(attention_backend=None, attention_config=kinds)
+    assert not engine(engines.refusal, model, **chosen)  # which loads plugins, as vllm serve does
+    told = engine(engines.generate, model, [LONG], **chosen)
+    assert told == engine(engines.generate, model, [LONG]) and told[1][0][0] > 300
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
