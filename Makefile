@@ -8,7 +8,7 @@ test: $(BIN)/pytest
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup
 
 test-gpu: $(BIN)/pytest
 	$(BIN)/python -m pytest -m gpu $$($(BIN)/python -c "import xdist; print('-n 8')" 2>/dev/null)

@@ -23,3 +23,10 @@ def engine():
     """Calls a function of tests.engines in the process that holds vLLM."""
     with engines.workers() as pool:
         yield lambda function, *args, **options: pool.submit(function, *args, **options).result(300)
+
+
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup a file's tests share an engine; those that compile go wherever."""
+    for item in items:
+        if item.path.stem != "test_compile":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
