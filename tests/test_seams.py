@@ -216,7 +216,9 @@ SEAMS = [
     Seam("vllm.config.model", "ModelConfig", "backend, metadata, plan",
          has="max_model_len served_model_name hf_text_config model_arch_config uses_mrope dtype "
              "architecture quantization model get_head_size get_sliding_window "
-             "get_total_num_hidden_layers"),
+             "get_total_num_hidden_layers use_mla uses_alibi"),
+    Seam(CONFIG, "AttentionConfig", "compat._check_and_lift_length",
+         has="backend backend_per_kind"),
     Seam(CONFIG, "VllmConfig", "backend, metadata",
          has="model_config cache_config scheduler_config parallel_config compilation_config "
              "additional_config"),
