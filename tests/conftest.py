@@ -12,6 +12,25 @@ if not torch.cuda.is_available() and "OFFLINE" not in os.environ:
 
 from tests import engines
 
+PROGRAMS = 24  # for each kernel to aim at, where they are interpreted
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_programs():
+    """The interpreter runs them one by one: so many that work is split, not to fill a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from csrc_triton import attend, score
+
+            for module, name in (
+                (attend, "_single_sizes"),
+                (score, "_tile_sizes"),
+                (score, "_share_sizes"),
+            ):
+                sizes = getattr(module, name)
+                patch.setattr(module, name, lambda *of, sizes=sizes: (*sizes(*of)[:-1], PROGRAMS))
+        yield
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
