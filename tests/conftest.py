@@ -45,7 +45,7 @@ def engine():
 
 
 def pytest_collection_modifyitems(items):
-    """With --dist loadgroup a file's tests share an engine; those that compile go wherever."""
+    """With --dist loadgroup a file's tests share an engine; those that need none go wherever."""
     for item in items:
-        if item.path.stem != "test_compile":
+        if item.path.stem not in ("test_compile", "test_kernels"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

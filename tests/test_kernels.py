@@ -695,11 +695,11 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
 
 @pytest.mark.parametrize("stage", [reference, kernels], ids=["reference", "kernels"])
 def test_layers_of_a_tail_add_up_what_they_find(stage):
-    case = Case(contexts=(600, 300), queries=(70, 40), scope=Scope(1, 4, 3, 8, 8, per_layer=True))
+    case = Case(contexts=(400, 300), queries=(40, 20), scope=Scope(1, 4, 3, 8, 8, per_layer=True))
     inputs = case.build(torch.float16, DEVICE)
     inputs.write(reference.write_kv)
     query, pages, table, tiles, scope, *rest = inputs.score_args()
-    lengths = torch.tensor([600, 300], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([400, 300], dtype=torch.int32, device=DEVICE)
     tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
     found = torch.zeros((len(tail.tiles.row), table.shape[1]), device=DEVICE)
     tail = tail._replace(memory=Memory(found, 0.5, counts=True))
