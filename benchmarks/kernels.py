@@ -516,7 +516,8 @@ def plot() -> None:
     table = harness.read(harness.RESULTS / "kernels.csv")
     rows = [row for row in table if shown.items() <= row.items()]
     ours = dict.fromkeys(row["commit"] for row in rows if row["provider"] == "reattention")
-    newest, recent = {}, list(ours)[-9:]  # not every length is measured each time
+    # not every length is measured each time; points of commits long past would mislead
+    newest, recent = {}, list(ours)[-9:]
     for row in rows:
         if row["provider"] == "reattention" and row["commit"] not in recent:
             continue  # others do not change with our commits

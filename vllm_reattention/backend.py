@@ -63,7 +63,7 @@ class ReAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return compat.is_head_size(head_size)
+        return compat.head_size_refusal(head_size) is None
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -90,7 +90,7 @@ class ReAttentionBackend(AttentionBackend):
         if refusal := compat.version_refusal():
             return refusal
         if use_mla or use_sparse:
-            return f"keys must be kept per head, an MLA model keeps latents; {ELSEWHERE}"
+            return f"{compat.LATENTS}; {ELSEWHERE}"
         if use_mm_prefix:
             return f"attention must be causal, images of this model see each other; {ELSEWHERE}"
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):
@@ -98,8 +98,8 @@ class ReAttentionBackend(AttentionBackend):
             return f"--kv-cache-dtype must be one of {known}, got {kv_cache_dtype}"
         if dtype == torch.float32 and not compat.on_cpu():
             return "--dtype must be bfloat16 or float16 on a GPU, got float32"
-        if not cls.supports_head_size(head_size):
-            return f"head size must be a multiple of 8 from 32 to 256, got {head_size}; {ELSEWHERE}"
+        if refusal := compat.head_size_refusal(head_size):
+            return f"{refusal}; {ELSEWHERE}"
         if not cls.supports_block_size(block_size):
             return f"--block-size must be a multiple of {compat.BLOCK_SIZES[0]}, got {block_size}"
         return None

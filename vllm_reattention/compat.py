@@ -16,6 +16,7 @@ from vllm_reattention.config import ReAttentionConfig
 
 NAME = "REATTENTION"
 PATH = "vllm_reattention.backend.ReAttentionBackend"
+LATENTS = "keys must be kept per head, an MLA model keeps latents"
 BLOCK_SIZES = (32, 64, 128)  # of the kernels; the first unless --block-size says otherwise
 
 logger = logging.getLogger("vllm.reattention")
@@ -223,17 +224,17 @@ def model_refusal(model_config) -> str | None:
     """Why a model cannot be served, as far as its configuration tells; the backend says it, too."""
     elsewhere = f"choose another attention backend for {model_config.architecture}"
     if model_config.use_mla:
-        return f"keys must be kept per head, an MLA model keeps latents; {elsewhere}"
+        return f"{LATENTS}; {elsewhere}"
     if model_config.uses_alibi:
         return f"position must come from a rotary embedding, got ALiBi; {elsewhere}"
-    size = model_config.get_head_size()
-    if not is_head_size(size):
-        return f"head size must be a multiple of 8 from 32 to 256, got {size}; {elsewhere}"
-    return None
+    refusal = head_size_refusal(model_config.get_head_size())
+    return refusal and f"{refusal}; {elsewhere}"
 
 
-def is_head_size(size: int) -> bool:
-    return 32 <= size <= 256 and size % 8 == 0
+def head_size_refusal(size: int) -> str | None:
+    if 32 <= size <= 256 and size % 8 == 0:
+        return None
+    return f"head size must be a multiple of 8 from 32 to 256, got {size}"
 
 
 def on_cpu() -> bool:

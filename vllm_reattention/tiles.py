@@ -45,7 +45,7 @@ class DecodeTiles:
 
 
 def most_prefill_tiles(num_tokens: int, num_requests: int, block_size: int) -> int:
-    """As many as prefill_tiles makes of any step of so many."""
+    """Of no step of so many does prefill_tiles make more."""
     return min(num_tokens, num_tokens // block_size + 2 * num_requests)
 
 
