@@ -770,10 +770,11 @@ def test_a_request_of_nan_is_alone_with_it(stage, case):
     assert torch.equal(after, before)
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (16, 2)], ids=str)  # the latter by Hopper's kernel
 @pytest.mark.parametrize("queries", [None, (37,)], ids=["decode", "prefill"])
-def test_where_nothing_was_recalled_the_first_block_stands(queries):
+def test_where_nothing_was_recalled_the_first_block_stands(queries, heads):
     """What lies before a request's row of the block table is not its own."""
-    case = Case(contexts=(300,), queries=queries, soft_cap=5.0)  # which Hopper's kernel leaves
+    case = Case(contexts=(300,), queries=queries, heads=heads)
     inputs = case.build(torch.float16, DEVICE)
     inputs.write(reference.write_kv)
     last = inputs.block_table[:, 18:19]  # its own block: what is read of it counts
