@@ -148,9 +148,9 @@ def draw(model: str) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in grid.flat for line in axis.lines}
-    grid[-1, -1].legend(lines.values(), lines, fontsize=8)
+    figure.legend(lines.values(), lines, loc="lower center", ncols=4, fontsize=8)
     figure.suptitle(f"{model}: RULER, share of answers found by context length")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(harness.RESULTS / f"ruler-{model}.png", dpi=120)
 
 
