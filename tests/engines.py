@@ -520,6 +520,43 @@ def _rows(worker) -> tuple[int, int] | None:
     return max(counts, default=None)
 
 
+def as_drafts(model: Path, **options) -> tuple[list[list[bool]], list[str]]:
+    """Which layers select, told to the builder in their order and against it; and why a builder is
+    refused if these are a draft's, beyond the window, and within it with a scope of their own."""
+    from vllm import LLM
+
+    llm = LLM(model=str(model), **(DEFAULTS | options))
+    (found,) = llm.collective_rpc(_as_drafts)
+    del llm
+    gc.collect()
+    return found
+
+
+def _as_drafts(worker) -> tuple[list[list[bool]], list[str]]:
+    runner = worker.model_runner
+    (group,) = (group for groups in runner.attn_groups for group in groups)
+    build, (builder, *_) = group.backend.get_builder_cls(), group.metadata_builders
+    config = runner.vllm_config
+    layers = config.compilation_config.static_forward_context
+
+    def selecting(names: list[str]) -> list[bool]:
+        build(builder.kv_cache_spec, names, config, runner.device)
+        return [layer.impl.selects for layer in layers.values()]
+
+    orders = [selecting(names) for names in (list(layers), list(layers)[::-1])]
+    errors = []
+    for length in (config.model_config.max_model_len, 512):
+        config.model_config.max_model_len = length
+        for layer in layers.values():
+            layer.is_draft_layer = True
+            layer.impl.scope_of = lambda _: builder.scope._replace(dense_blocks=99)
+        try:
+            selecting(list(layers))
+        except ValueError as error:
+            errors.append(str(error))
+    return orders, errors
+
+
 def _wrapped(rotary):
     """What another plugin might put around a rotary embedding, as to count its calls."""
     import torch

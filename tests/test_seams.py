@@ -192,6 +192,7 @@ SEAMS = [
     Seam("vllm.engine.arg_utils", "EngineArgs",
          "compat._check_and_lift_length, compat.model_config",
          has="attention_backend attention_config additional_config block_size kv_transfer_config "
+             "enable_dbo ubatch_size "
              "decode_context_parallel_size prefill_context_parallel_size gpu_memory_utilization "
              "model max_model_len kv_cache_dtype skip_tokenizer_init"),
     Seam("vllm.engine.arg_utils", "EngineArgs.create_model_config",
@@ -203,7 +204,9 @@ SEAMS = [
          "compat._check_and_lift_length", takes="self max_model_len", first=2),
     Seam("vllm.config.model", "ModelConfig.__post_init__", "compat._check_and_lift_length",
          says="self.max_model_len = self.get_and_verify_max_len(self.max_model_len)"),
-    Seam("vllm.config.model", "_get_and_verify_max_len", "compat.trained_window",
+    Seam("vllm.config.model", "_get_and_verify_max_len",
+         "compat.trained_window, compat._check_and_lift_length",
+         says="the env var VLLM_ALLOW_LONG_MAX_MODEL_LEN=1.",
          takes="hf_config model_arch_config tokenizer_config max_model_len "
                "disable_sliding_window sliding_window"),
     Seam("vllm.config.model_arch", "ModelArchitectureConfig", "compat.trained_window, plan.make",
@@ -232,7 +235,11 @@ SEAMS = [
     Seam(CONFIG, "CacheConfig", "backend.ReAttentionImpl._warm_up", has="block_size"),
     # the layer and its calls
     Seam(ATTENTION, "Attention", "compat.is_ours, backend.ReAttentionImpl, proof._Probe",
-         has="attn_backend impl layer_name num_heads head_size head_size_v attn_type forward"),
+         has="attn_backend impl layer_name num_heads head_size head_size_v attn_type "
+             "is_draft_layer forward"),
+    Seam("vllm.v1.worker.gpu.spec_decode.speculator", "DraftModelSpeculator.load_model",
+         "metadata._refuse_mixture, metadata._refuse_other_scopes",
+         says="all_attn_layers[layer_name].is_draft_layer = True"),
     Seam(ATTENTION, "Attention.__init__", "backend.ReAttentionImpl.__init__",
          says="self.impl = impl_cls(num_heads, head_size, scale, num_kv_heads, alibi_slopes, "
               "sliding_window, kv_cache_dtype, logits_soft_cap, attn_type, "

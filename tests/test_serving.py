@@ -234,6 +234,7 @@ def test_it_may_be_chosen_for_one_kind_of_layers(folder, engine):
             dict(batch_invariant=True),
             "VLLM_BATCH_INVARIANT must be unset ... choose another attention backend",
         ),
+        ("llama", dict(ubatch_size=2), "--enable-dbo and --ubatch-size must be left out"),
         (
             "llama",
             dict(kv_transfer_config=dict(kv_connector="LMCacheConnectorV1", kv_role="kv_both")),
@@ -251,7 +252,7 @@ def test_it_may_be_chosen_for_one_kind_of_layers(folder, engine):
         (
             "llama",
             dict(speculative_config=dict(method="draft_model", num_speculative_tokens=3)),
-            "must run on reattention ... draft_model ... on CPU_ATTN; lower --max-model-len to 512",
+            "must be of one model ... draft_model ... on CPU_ATTN; lower --max-model-len to 512",
         ),
         (
             "llama",
@@ -278,6 +279,25 @@ def test_what_cannot_be_served_is_refused(name, options, message, folder, engine
     error = engine(engines.refusal, model, **options)
     assert all(part in error for part in message.split(" ... ")), error
     assert "\n" not in error or "CPU_ATTN" in str(options)
+
+
+def test_a_draft_on_our_backend_is_in_order_or_refused(folder, engine):
+    """Model runner V2 gives a draft its target's backend, and names its layers in any order."""
+    options = dict(additional_config={"reattention": dict(select_every=2)})
+    (forward, backward), errors = engine(engines.as_drafts, make("llama", folder), **options)
+    assert forward == backward and forward[:2] == [True, False]
+    beyond, within = errors
+    assert "must be of one model on reattention beyond the trained window" in beyond
+    assert "a draft model must have the trained window of its target" in within
+
+
+def test_yarn_may_be_added_to_a_model(folder, engine):
+    """vLLM takes such a window for the scaled one, and we know better."""
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0)
+    scaled = dict(rope_parameters=yarn | dict(original_max_position_embeddings=WINDOW))
+    for length in (2 * WINDOW, 5 * WINDOW):
+        options = dict(hf_overrides=scaled, max_model_len=length)
+        assert not engine(engines.refusal, make("llama", folder), **options)
 
 
 def test_an_unsupported_vllm_disturbs_nobody_else(folder, engine):

@@ -149,8 +149,8 @@ def _check_and_lift_length() -> None:
     def get_and_verify_max_len(self, max_model_len):
         try:
             return verify(self, max_model_len)
-        except ValueError:
-            if not _chosen.get() or max_model_len <= trained_window(self):
+        except ValueError as error:  # also within a window that YaRN, added to it, has scaled
+            if not _chosen.get() or "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in str(error):
                 raise
             return int(max_model_len)
 
@@ -159,7 +159,7 @@ def _check_and_lift_length() -> None:
 
 
 def _refuse_companions(arguments) -> None:
-    """What would split or read our pages as if they held keys and values alone."""
+    """What would split a step, or read our pages as if they held keys and values alone."""
     from vllm import envs
 
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -173,6 +173,11 @@ def _refuse_companions(arguments) -> None:
         raise ValueError(
             "VLLM_BATCH_INVARIANT must be unset: where a prompt is cut decides what is recalled; "
             "choose another attention backend"
+        )
+    if arguments.enable_dbo or arguments.ubatch_size > 1:
+        raise ValueError(
+            "--enable-dbo and --ubatch-size must be left out: what a request found is kept for its "
+            "next token, which may be in another microbatch; or choose another attention backend"
         )
     transfer = arguments.kv_transfer_config
     for name in ("LMCacheConnectorV1", "LMCacheMPConnector", "FlexKVConnectorV1"):

@@ -116,13 +116,14 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         layers = vllm_config.compilation_config.static_forward_context
-        self.has_flash_attention = all(
-            layers[name].impl.flash_attention is not None for name in layer_names
-        )
-        impls = {name: layers[name].impl for name in layer_names}
+        # In the order of the model: that of the names may differ from process to process
+        named = {name: layer for name, layer in layers.items() if name in layer_names}
+        _refuse_other_scopes(named, self.scope, self.block_size)
+        impls = {name: layer.impl for name, layer in named.items()}
+        self.has_flash_attention = all(impl.flash_attention is not None for impl in impls.values())
         selections = _share_selections(impls, selecting)
         self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
-        self.layer, self.weight = layers[layer_names[0]], 1 / selections if selections else 0.0
+        self.layer, self.weight = next(iter(named.values())), 1 / selections if selections else 0.0
         self.memories: Memories | None = None
         self.is_generated = torch.ones(rows, dtype=torch.bool, device=device)
         self.marked = 0  # so many of these, the first, may be False
@@ -318,15 +319,26 @@ def _first_selecting(layers: dict[str, Any]) -> str | None:
 
 
 def _refuse_mixture(vllm_config: VllmConfig, trained_window: int) -> None:
-    """A layer on another backend, as of a draft model, would rotate beyond its table."""
+    """A layer on another backend would rotate beyond its table, and a draft is not measured."""
     if vllm_config.model_config.max_model_len <= trained_window:
         return
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if not isinstance(layer, Attention) or layer.attn_type != AttentionType.DECODER:
             continue
-        if not compat.is_ours(layer):
+        if layer.is_draft_layer or not compat.is_ours(layer):
             raise ValueError(
-                f"all layers must run on reattention beyond the trained window, got {name} on "
-                f"{layer.attn_backend.get_name()}; lower --max-model-len to {trained_window} or "
-                "leave out its model or backend"
+                "all layers must be of one model on reattention beyond the trained window, got "
+                f"{name} on {layer.attn_backend.get_name()}; lower --max-model-len to "
+                f"{trained_window} or leave out its model or backend"
+            )
+
+
+def _refuse_other_scopes(layers: dict[str, Any], scope: Scope, block_size: int) -> None:
+    """A draft's layers have tables of rotations for a scope of their own, and get its target's."""
+    for name, layer in layers.items():
+        if layer.is_draft_layer and (own := layer.impl.scope_of(block_size)) != scope:
+            raise ValueError(
+                "a draft model must have the trained window of its target, got "
+                f"{name} with a scope of {own.blocks * block_size} tokens instead of "
+                f"{scope.blocks * block_size}; choose another draft model, or n-grams"
             )
