@@ -163,7 +163,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> ReAttentionMetadata:
-        if compat.prompt_lengths() is None:
+        if compat.prompt_lengths() is None and not self.layer.is_draft_layer:
             logger.warning_once(
                 "ReAttention: this vLLM does not tell how long prompts are, so their last tokens "
                 "recall what others do and questions are answered less well; docs/upgrade.md"
