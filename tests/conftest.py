@@ -2,6 +2,9 @@
 
 import os
 
+# Before torch is imported: threads of several processes would wait for each other's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
