@@ -17,7 +17,6 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # tiny models: more threads only wait for each other
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 DEFAULTS = dict(

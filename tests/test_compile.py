@@ -92,7 +92,7 @@ def compile_everything(capability: int) -> None:
     from vllm_reattention.attention import selecting
 
     names = replace_kernels(lambda _, kernel: Compiled(kernel, capability))
-    # for one all that may differ, for the others what they may have no memory for
+    # for one generation every kind of 16-bit cache, for the others what may not fit their memory
     decode, prefill = ((0, 2, 9), (0, 3, 5, 8)) if capability == 90 else ((9,), (8,))
     batches = [(DECODE[i], torch.bfloat16) for i in decode]
     batches += [(PREFILL[i], torch.bfloat16) for i in prefill]
