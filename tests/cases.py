@@ -89,7 +89,8 @@ class Inputs:
     def write(self, write_kv) -> None:
         """Everything in two steps, the cut in the middle of blocks; the second has padding."""
         cut = self.key.shape[0] * 2 // 3
-        padded = torch.nn.functional.pad(self.slot_mapping[cut:], (0, 3), value=-1)
+        # a view: what lies before it are the slots of the first step, which are not to be read
+        padded = torch.nn.functional.pad(self.slot_mapping, (0, 3), value=-1)[cut:]
         write_kv(self.key[:cut], self.value[:cut], self.pages, self.slot_mapping[:cut], self.rotary)
         extra = [torch.cat((x[cut:], x[:5] * 7)) for x in (self.key, self.value)]
         write_kv(*extra, self.pages, padded, self.rotary)
