@@ -44,9 +44,12 @@ class Provider(NamedTuple):
         layers = trained.num_hidden_layers
         scope = config.resolve(trained.max_position_embeddings, BLOCK_SIZE, layers)
         recall, local, decode = scope.recall_blocks, scope.local_blocks, scope.of(1).recall_blocks
+        reading = scope.of(BLOCK_SIZE)
+        read, read_local = reading.recall_blocks, reading.local_blocks
         if self.name == "streaming":
-            recall, local, decode = 0, recall + local, 0
-        blocks = scope.global_blocks, local, recall, decode, scope.dense_blocks
+            local = read_local = recall + local
+            recall = decode = read = 0
+        blocks = scope.global_blocks, local, recall, decode, read, read_local, scope.dense_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
         selects = config.layers_per_selection(layers)
         if config.select_layers is not None:
@@ -96,13 +99,18 @@ def shared_lengths(name: str, lengths: list[int]) -> list[list[int]]:
 def label(row: dict) -> str:
     """What to call a row's provider in figures: with its scope, global + recalled + local.
 
-    What is recalled in decode stands in brackets, if it is less.
+    What is recalled in decode stands in brackets, if it is less; so does what is recalled and
+    local while a prompt is read, behind the rest.
     """
     if not row["global_size"]:
         return row["provider"]
     recall, decode = (str(row[name]) for name in ("recall_size", "decode_recall_size"))
     recall += f" ({decode})" if decode != recall else ""
-    return f"{row['provider']} {row['global_size']}+{recall}+{row['local_size']}"
+    at_end = f"{row['provider']} {row['global_size']}+{recall}+{row['local_size']}"
+    reading = tuple(str(row[f"read_{name}"]) for name in ("recall_size", "local_size"))
+    if reading == tuple(str(row[name]) for name in ("recall_size", "local_size")):
+        return at_end
+    return f"{at_end}, read by {'+'.join(reading)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None:

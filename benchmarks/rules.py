@@ -46,12 +46,12 @@ from torch import Tensor, nn
 
 from benchmarks import engines, harness, ruler_text
 from benchmarks.prompts import ANSWER_LEN, TASKS, Prompt, Prompts, depths, is_hit
-from csrc_triton.layout import Kept, Memory, Pages, Rotary, Tail, Tiles, rotation_table
+from csrc_triton.layout import Kept, Memory, Pages, Rotary, Scope, Tail, Tiles, rotation_table
 from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.memory import Memories
-from vllm_reattention.tiles import find_tail, prefill_tiles
+from vllm_reattention.tiles import prefill_tiles, split_tail
 
 SHARES = ("exact", "max", "newest")
 EXACT = (*SHARES, "votes", "quest", "centroid")
@@ -143,7 +143,8 @@ class Study:
         self.memories.kept = Kept(*(part.clone() for part in kept))
         self._begin(rule)
         if rule == "only":
-            self.scope = self.scope._replace(recall_blocks=len(self.blocks), single_recall=None)
+            only = self.scope.of_tail._replace(single_recall=None)
+            self.scope = only._replace(recall_blocks=len(self.blocks))
         return self._feed(self.tokens[self.length :])
 
     def _begin(self, rule: str) -> None:
@@ -155,6 +156,7 @@ class Study:
         self.recalled: dict[int, Tensor] = {}
         self.found: dict[int, Memory] = {}
         self.found_by_tail: Memory | None = None
+        self.recalled_by_tail: Tensor
 
     def _feed(self, tokens: list[int]) -> Tensor:
         """Log probabilities of the token behind these."""
@@ -181,29 +183,28 @@ class Study:
             tiles = Tiles(zero, zero, lens.new_ones(1), lens - 1, 1)
         else:
             tiles = prefill_tiles(starts.to(self.device), starts, lens, 0, BLOCK_SIZE)
+        tiles, tail = self._split_tail(tiles) if new > 1 else (tiles, None)
         out = torch.empty_like(query)
         heads, width = query.shape[1], self.table.shape[1]
         size = heads, self.kv_heads, tiles.max_length, width, self.scope
         run = attention.tiles_per_run(attention.scratch_per_tile(*size))
         starts_of_runs = range(0, tiles.row.shape[0], run)
-        if index in self.selecting:
-            for start in starts_of_runs:
-                part = tiles.part(start, start + run)
+        rest = self.rotary, scaling, out
+        for start in starts_of_runs:
+            part = tiles.part(start, start + run)
+            if index in self.selecting:
                 self.recalled[start] = self._select_for_all(index, start, query, part, scaling)
-        tail = self._tail(tiles) if new > 1 else None
+            recalled, scope = self.recalled[start], self.scope.of(tiles.max_length)
+            stage.attend(query, layer.pages, self.table, part, recalled, scope, *rest)
         if tail is not None:
-            shared = torch.cat([self.recalled[start] for start in starts_of_runs])[tail.source]
-            own = self._select_for_tail(index, query, tail.tiles, shared, scaling)
+            ends, scope = tail.tiles, self.scope.of_tail
+            if index in self.selecting:
+                self.recalled_by_tail = self._select(query, layer, ends, scope, scaling, None)
+            own = self._select_for_tail(index, query, ends, self.recalled_by_tail, scaling)
             if index == len(self.model.model.layers) - 1:
                 of_layers = tail._replace(memory=self.found_by_tail)
                 self.memories.keep_tail(of_layers, self.table)
-        for start in starts_of_runs:
-            part, recalled = tiles.part(start, start + run), self.recalled[start]
-            if tail is not None:
-                here = tail._replace(of=tail.of[start : start + run])
-                recalled = attention.with_tail(recalled, here, own)
-            common = (query, layer.pages, self.table, part, recalled)
-            stage.attend(*common, self.scope.of(part.max_length), self.rotary, scaling, out)
+            stage.attend(query, layer.pages, self.table, ends, own, scope, *rest)
         if new == 1:
             self.seen.setdefault(index, []).append(self._look(query, layer, recalled, scaling))
         return out[None], None
@@ -231,11 +232,11 @@ class Study:
             mass = on.sum(-1).mean(1)
         return torch.stack((inside.float().mean(1), mass))
 
-    def _tail(self, tiles: Tiles) -> Tail | None:
+    def _split_tail(self, tiles: Tiles) -> tuple[Tiles, Tail | None]:
         if self.rule == "shared":
-            return None
+            return tiles, None
         prompt_len = tiles.row.new_tensor([len(self.tokens)])
-        return find_tail(tiles, 0, prompt_len, BLOCK_SIZE)
+        return split_tail(tiles, 0, prompt_len, BLOCK_SIZE)
 
     def _select_for_tail(
         self, index: int, query: Tensor, tiles: Tiles, shared: Tensor, scale: float
@@ -251,7 +252,8 @@ class Study:
                 some = tiles
             score, extent = stage.exact_scores(query, pages, table, some, *rest)
             if rule in EXACT:
-                score = self._exact(query, layer.key, some, scale, highest=True)
+                told = query, layer.key, some, self.scope.of_tail, scale
+                score = self._exact(*told, highest=True)
             elif rule in ("spread", "recent"):
                 score = self._changed(score, self._can_recall(score, extent))
             return score, extent
@@ -262,34 +264,41 @@ class Study:
             self.table,
             tiles,
             shared,
-            self.scope,
+            self.scope.of_tail,
             self.rotary,
             scale,
             memory=None if rule in EXACT and rule not in SHARES else self.found_by_tail,
             stage=SimpleNamespace(exact_scores=exact_scores, recall_blocks=stage.recall_blocks),
         )
-        return self._with_needle(recalled, tiles) if rule == "oracle" else recalled
+        is_forced = rule == "oracle"
+        return self._with_needle(recalled, tiles, self.scope) if is_forced else recalled
 
     def _select_for_all(
         self, index: int, start: int, query: Tensor, tiles: Tiles, scale: float
     ) -> Tensor:
         """What this layer and those behind it recall, which are told what a server's would be."""
         layer, place = self.layers[index], (tiles, self.table)
+        scope = self.scope.of(tiles.max_length)
         if not self.scope.memory:
-            return self._select(query, layer, tiles, scale, None)
+            return self._select(query, layer, tiles, scope, scale, None)
         if index == 0:
             generated = tiles.length > 0 if tiles.max_length == 1 else None
             self.found[start] = self.memories.recollect(*place, generated)
-        recalled = self._select(query, layer, tiles, scale, self.found[start])
+        recalled = self._select(query, layer, tiles, scope, scale, self.found[start])
         if index == self.selecting[-1]:
             self.memories.keep(*place, self.found[start])
         return recalled
 
     def _select(
-        self, query: Tensor, layer: Layer, tiles: Tiles, scale: float, memory: Memory | None
+        self,
+        query: Tensor,
+        layer: Layer,
+        tiles: Tiles,
+        scope: Scope,
+        scale: float,
+        memory: Memory | None,
     ) -> Tensor:
-        scope, rotary = self.scope.of(tiles.max_length), self.rotary
-        stage = attention.stages(query.device)
+        rotary, stage = self.rotary, attention.stages(query.device)
         if self.rule == "only":
             return self._needle_alone(tiles)
         whole = tiles
@@ -297,7 +306,8 @@ class Study:
             tiles = attention.selecting(tiles)
         common = (layer.pages, self.table, tiles)
         if self.rule in EXACT:
-            score = self._exact(query, layer.key, tiles, scale, highest=self.rule == "max")
+            told = query, layer.key, tiles, scope, scale
+            score = self._exact(*told, highest=self.rule == "max")
             column = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
             # all are candidates, or nothing found would join the memory
             every = column.expand(score.shape[0], 1 if scope.per_layer else self.kv_heads, -1)
@@ -306,7 +316,8 @@ class Study:
         query = self._flattened(query)
         if self.rule in (*ASKED, "mean"):
             recalled = attention.select(query, *common, scope, rotary, scale, memory=memory)
-            return self._with_needle(recalled, whole) if self.rule == "oracle" else recalled
+            is_forced = self.rule == "oracle"
+            return self._with_needle(recalled, whole, scope) if is_forced else recalled
         score, extent = stage.score_blocks(query, *common, scope, rotary, scale)
         can = self._can_recall(score, extent)
         score = self._changed(score, can)
@@ -346,25 +357,25 @@ class Study:
             score = score * (1 + column / score.shape[-1])
         return torch.where(can, score, -1.0)
 
-    def _with_needle(self, recalled: Tensor, tiles: Tiles) -> Tensor:
+    def _with_needle(self, recalled: Tensor, tiles: Tiles, scope: Scope) -> Tensor:
         """The needle's blocks instead of the last, where they lie between global and local."""
         size = recalled.shape[-1]
         count = min(len(self.blocks), size)
-        local = tiles.position // BLOCK_SIZE - self.scope.local_blocks + 1
+        local = tiles.position // BLOCK_SIZE - scope.local_blocks + 1
         wanted = self.blocks[:count].expand(*recalled.shape[:2], -1)
-        can = (wanted >= self.scope.global_blocks) & (wanted < local[:, None, None])
+        can = (wanted >= scope.global_blocks) & (wanted < local[:, None, None])
         others = torch.where(torch.isin(recalled, self.blocks), 1 << 30, recalled).sort(-1).values
         forced = torch.cat((others[..., : size - count], wanted), -1).sort(-1).values
         return torch.where(can.all(-1, keepdim=True), forced, recalled).to(torch.int32)
 
     def _exact(
-        self, query: Tensor, key: Tensor, tiles: Tiles, scale: float, highest: bool
+        self, query: Tensor, key: Tensor, tiles: Tiles, scope: Scope, scale: float, highest: bool
     ) -> Tensor:
         """Shares of the position-free softmax from every key, [num_tiles, num_kv_heads, blocks].
 
         highest  of a tile's rows, instead of the sum over them
         """
-        scope, heads, most = self.scope, self.kv_heads, tiles.max_length
+        heads, most = self.kv_heads, tiles.max_length
         group, blocks = query.shape[1] // heads, key.shape[0] // BLOCK_SIZE
         keys, num_tiles = key.permute(1, 2, 0), tiles.row.shape[0]
         score = query.new_full((num_tiles, heads, blocks), -1.0, dtype=torch.float32)

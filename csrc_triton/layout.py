@@ -69,6 +69,9 @@ class Scope(NamedTuple):
     single_candidates: int = 0
     # Recalled by a tile of one query (docs/choices.md); None: as many as by others
     single_recall: int | None = None
+    # Of tiles of more queries that are not in a Tail; None: as of those that are
+    read_recall: int | None = None
+    read_local: int | None = None
     # What the tokens before found counts so much for a token that the model writes; 0: nothing is
     # remembered. For per_layer alone.
     memory: float = 0.0
@@ -79,12 +82,22 @@ class Scope(NamedTuple):
     sample_from: int = 2048
 
     def of(self, max_length: int) -> "Scope":
-        """That of tiles of at most so many queries."""
-        if max_length > 1:
-            return self
-        recall = self.recall_blocks if self.single_recall is None else self.single_recall
-        candidates = self.single_candidates or self.candidate_blocks
-        return self._replace(recall_blocks=recall, candidate_blocks=candidates)
+        """That of tiles of at most so many queries, if they are not in a Tail."""
+        if max_length == 1:
+            recall = self.recall_blocks if self.single_recall is None else self.single_recall
+            candidates = self.single_candidates or self.candidate_blocks
+            return self._replace(recall_blocks=recall, candidate_blocks=candidates)
+        scope = self.of_tail
+        if self.read_local is not None:
+            scope = scope._replace(local_blocks=self.read_local)
+        if self.read_recall is not None and self.recall_blocks:
+            candidates = self.candidate_blocks * self.read_recall // self.recall_blocks
+            scope = scope._replace(recall_blocks=self.read_recall, candidate_blocks=candidates)
+        return scope
+
+    @property
+    def of_tail(self) -> "Scope":
+        return self._replace(read_recall=None, read_local=None)
 
     @property
     def listed(self) -> int:
@@ -164,15 +177,22 @@ class Tail(NamedTuple):
     """Tiles at the ends of prompts, where questions stand: every layer selects for them.
 
     tiles   those of a step; length 0: nothing to do
-    of      [num_tiles] int64: which of them each tile of the step is; -1: none
-    source  [len(tiles)] int64: which of the step's tiles each of them is; any if of length 0
     memory  of theirs, which all layers select with; None: each selects for itself
     """
 
     tiles: Tiles
-    of: Tensor
-    source: Tensor
     memory: Memory | None = None
+
+
+class Recalled(NamedTuple):
+    """What a layer that selects recalled, for those behind it.
+
+    tiles  of a step's tiles, [num_tiles, num_kv_heads or 1, recalled] int32, ascending
+    tail   of those in a Tail; of it each layer takes the best; None: there are none
+    """
+
+    tiles: Tensor
+    tail: Tensor | None = None
 
 
 KEPT = 64  # blocks that a request remembers from one token to the next

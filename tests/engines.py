@@ -162,15 +162,15 @@ def tails() -> Iterator[set[tuple[int, int]]]:
     """Positions and lengths of tiles that every layer of this process's engines selected for."""
     from vllm_reattention import metadata
 
-    found, find_tail = set(), metadata.find_tail
+    found, split_tail = set(), metadata.split_tail
 
     def noted(*args):
-        tail = find_tail(*args)
+        tiles, tail = split_tail(*args)
         _, _, lengths, positions = (column.tolist() for column in tail.tiles[:4])
         found.update((p, n) for p, n in zip(positions, lengths, strict=True) if n)
-        return tail
+        return tiles, tail
 
-    with mock.patch.object(metadata, "find_tail", noted):
+    with mock.patch.object(metadata, "split_tail", noted):
         yield found
 
 

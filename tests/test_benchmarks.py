@@ -251,10 +251,12 @@ def test_rulers_single_facts_stand_at_every_depth_in_turn():
 
 def test_figures_tell_scopes_apart():
     row = {"provider": "reattention", "global_size": 32, "local_size": "64", "recall_size": 0}
-    row["decode_recall_size"] = "0"
+    row |= {"decode_recall_size": "0", "read_recall_size": "0", "read_local_size": 64}
     assert engines.label(row) == "reattention 32+0+64"
-    row |= {"recall_size": "128", "decode_recall_size": 64}
+    row |= {"recall_size": "128", "decode_recall_size": 64, "read_recall_size": 128}
     assert engines.label(row) == "reattention 32+128 (64)+64"
+    row["read_local_size"] = "32"
+    assert engines.label(row) == "reattention 32+128 (64)+64, read by 128+32"
     assert engines.label(row | {"provider": "yarn", "global_size": ""}) == "yarn"
 
 
@@ -340,8 +342,8 @@ def test_the_best_of_a_baseline_counts_and_one_that_fails_tells_why():
 
 def test_columns():
     told = "model provider task context_len depth samples hits global_size local_size recall_size"
-    told += " decode_recall_size dense_limit scorer select_every memory seed"
-    assert " ".join(needle.COLUMNS) == told + " gpu torch triton vllm commit"
+    told += " decode_recall_size read_recall_size read_local_size dense_limit scorer select_every"
+    assert " ".join(needle.COLUMNS) == told + " memory seed gpu torch triton vllm commit"
     assert kernels.COLUMNS == serving.COLUMNS
     assert set(harness.stamp()) < set(serving.COLUMNS) & set(needle.COLUMNS)
     assert set(harness.stamp()) < set(agreement.COLUMNS)
@@ -490,7 +492,7 @@ def test_exact_shares_are_those_that_the_stages_tell_of_all_blocks(study, highes
     tiles = prefill_tiles(starts, starts, starts[1:], 0, rules.BLOCK_SIZE)
     tiles = attention.selecting(tiles.part(0, int((tiles.length > 0).sum())))
     assert tiles.step == 4
-    exact = study._exact(query, layer.key, tiles, 0.3, highest)
+    exact = study._exact(query, layer.key, tiles, scope, 0.3, highest)
     blocks = torch.where(exact >= 0, torch.arange(exact.shape[-1]), -1).int()
     assert (blocks >= 0).sum() > 10
     common, rest = (query, layer.pages, study.table, tiles), (scope, study.rotary, 0.3)

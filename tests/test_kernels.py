@@ -11,7 +11,7 @@ import torch
 
 from csrc_triton import attend, kernels, layout, reference, refine
 from csrc_triton import exact as exact_module
-from csrc_triton.layout import KEPT, Memory, Pages, Rotary, Scope, Tiles, nothing_kept
+from csrc_triton.layout import KEPT, Memory, Pages, Recalled, Rotary, Scope, Tiles, nothing_kept
 from tests.cases import Case
 from vllm_reattention import attention, mass, memory, warm_up
 from vllm_reattention import tiles as tiles_module
@@ -639,14 +639,14 @@ def test_a_selection_serves_other_layers(case, monkeypatch):
     monkeypatch.setattr(attention, "stages", lambda _: reference)
     given, out = inputs.score_args(), torch.full_like(inputs.query, float("nan"))
     recalled = attention.reattention(*given, out)
-    assert torch.equal(recalled, attention.select(*given))
+    assert torch.equal(recalled.tiles, attention.select(*given)) and recalled.tail is None
 
     monkeypatch.setattr(reference, "score_blocks", None)
     again = torch.full_like(out, float("nan"))
     assert attention.reattention(*given, again, recalled=recalled) is recalled
     torch.testing.assert_close(again, out, rtol=0, atol=0, equal_nan=True)
-    others = torch.zeros_like(recalled)
-    attention.reattention(*given, again, recalled=others)
+    others = torch.zeros_like(recalled.tiles)
+    attention.reattention(*given, again, recalled=Recalled(others))
     assert not torch.allclose(again, out, equal_nan=True)
 
 
@@ -659,7 +659,7 @@ def test_single_queries_recall_less(case, monkeypatch):
     least = scope._replace(recall_blocks=2)
     scope = scope._replace(single_recall=2)
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
-    recalled = attention.reattention(query, pages, table, tiles, scope, *rest, out)
+    recalled = attention.reattention(query, pages, table, tiles, scope, *rest, out).tiles
     exact = least if tiles.max_length == 1 else scope
     assert recalled.shape[-1] == exact.recall_blocks
     assert torch.equal(recalled, attention.select(query, pages, table, tiles, exact, *rest))
@@ -681,23 +681,28 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
     monkeypatch.setattr(attention, "SELECTION_BYTES", 0)  # four tiles at once
     lengths = torch.tensor([600, 350], dtype=torch.int32, device=DEVICE)  # the second goes on
     monkeypatch.setattr(tiles_module, "TAIL", 48)
-    tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
-    is_tail = tail.of >= 0
-    assert 0 < is_tail.sum() < len(is_tail) - 3
-    given = (query, pages, table, tiles)
-    theirs = torch.zeros_like(attention.select(*given, scope, *rest))
-    theirs += torch.arange(len(tiles.row), device=DEVICE)[:, None, None] + 1
+    others, tail = tiles_module.split_tail(tiles, 0, lengths, case.block_size)
+    is_tail = tail.tiles.length > 0
+    assert 0 < is_tail.sum() < (tiles.length > 0).sum() - 3
+    given = (query, pages, table)
+    theirs, of_tail = (
+        torch.zeros_like(attention.select(*given, some, scope, *rest))
+        + torch.arange(len(some.row), device=DEVICE, dtype=torch.int32)[:, None, None] + 1
+        for some in (others, tail.tiles)
+    )  # fmt: skip
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
-    recalled = attention.reattention(*given, scope, *rest, out, recalled=theirs, tail=tail)
-    assert torch.equal(recalled[~is_tail], theirs[~is_tail])
-    some = (query, pages, table, attention.selecting(tiles))
-    score, _ = reference.exact_scores(*some, scope, *rest)
+    known = Recalled(theirs, of_tail)
+    args = *given, others, scope, *rest, out
+    assert attention.reattention(*args, recalled=known, tail=tail) is known
+    score, _ = reference.exact_scores(*given, attention.selecting(tail.tiles), scope, *rest)
+    own = torch.zeros_like(of_tail)
     for tile in is_tail.nonzero().flatten().tolist():
-        for of_head, scores in zip(recalled[tile].tolist(), score[tile], strict=True):
-            first, *others = scores.argsort(descending=True).tolist()
-            expected = list(dict.fromkeys((first, tile + 1, *others)))[: len(of_head)]
-            assert of_head == sorted(expected)
-    reference.attend(*given, recalled, scope, *rest, other)
+        for head, scores in enumerate(score[tile]):
+            first, *best = scores.argsort(descending=True).tolist()
+            expected = list(dict.fromkeys((first, tile + 1, *best)))[: own.shape[-1]]
+            own[tile, head] = torch.tensor(sorted(expected))
+    for some, recalled in ((others, theirs), (tail.tiles, own)):
+        reference.attend(*given, some, recalled, scope, *rest, other)
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
 
@@ -708,27 +713,29 @@ def test_layers_of_a_tail_add_up_what_they_find(stage):
     inputs.write(reference.write_kv)
     query, pages, table, tiles, scope, *rest = inputs.score_args()
     lengths = torch.tensor([250, 190], dtype=torch.int32, device=DEVICE)
-    tail = tiles_module.find_tail(tiles, 0, lengths, case.block_size)
+    others, tail = tiles_module.split_tail(tiles, 0, lengths, case.block_size)
     found = torch.zeros((len(tail.tiles.row), table.shape[1]), device=DEVICE)
     tail = tail._replace(memory=Memory(found, 0.5, counts=True))
 
     def of_one(query: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-        common = pages, table, tiles, scope, *rest
-        shared = attention.select(query, *common, stage=stage)[tail.source]
+        common = pages, table, tail.tiles
+        shared = attention.select(query, *common, scope, *rest, stage=stage)
         memory = Memory(found, 0.5, counts=True)
-        given = query, pages, table, tail.tiles, shared, scope, *rest
+        given = query, *common, shared, scope, *rest
         return attention.select_for_tail(*given, 0.0, None, memory, stage)
 
     some = pages, table, attention.selecting(tail.tiles), scope
     shares, _ = reference.exact_scores(query, *some, *rest)
 
-    out, is_tail = torch.empty_like(query), tail.of >= 0
+    out, other = torch.zeros_like(query), torch.zeros_like(query)
     for layer_query in (query, -query):
         known, alone = found.clone(), torch.zeros_like(found)
-        args = layer_query, pages, table, tiles, scope, *rest, out
-        recalled = attention.reattention(*args, tail=tail, stage=stage)
+        args = layer_query, pages, table
+        attention.reattention(*args, others, scope, *rest, out, tail=tail, stage=stage)
         own = of_one(layer_query, known)
-        assert torch.equal(recalled[is_tail], own[tail.of[is_tail]])
+        attention.reattention(*args, others, scope, *rest, other, stage=stage)
+        stage.attend(*args, tail.tiles, own, scope, *rest, other)
+        torch.testing.assert_close(out, other, rtol=0, atol=0)
         torch.testing.assert_close(found, known)
         if layer_query is query:
             expected = shares.float().clamp(min=0.0).sum(1)

@@ -92,7 +92,7 @@ def test_the_most_is_kept_where_there_is_much(memories):
 
 
 def test_at_a_prompts_end_the_most_of_all_layers_is_kept_and_what_stands_beside_it(memories):
-    tail = Tail(tiles_at((0, 1000, 9), (1, 0, 0), most=SIZE), torch.zeros(3), torch.zeros(2))
+    tail = Tail(tiles_at((0, 1000, 9), (1, 0, 0), most=SIZE))
     memories.keep_tail(tail, TABLE)  # where nothing is remembered
     assert (memories.kept.position < 0).all()
     memory = memories.of_layers(tail.tiles, TABLE)

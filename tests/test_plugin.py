@@ -23,9 +23,9 @@ from vllm_reattention.rope import Refused, Rope, read_table
 from vllm_reattention.tiles import (
     DecodeTiles,
     ends_here,
-    find_tail,
     most_prefill_tiles,
     prefill_tiles,
+    split_tail,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -436,15 +436,10 @@ def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
         starts, lengths = requests((5, 1), *zip(done, new, strict=True))
         tiles = prefill_tiles(starts, starts, lengths, 1, block_size)
         prompt_lens = torch.tensor([5, *prompts], dtype=torch.int32)
-        tail = find_tail(tiles, 1, prompt_lens, block_size)
+        others, tail = split_tail(tiles, 1, prompt_lens, block_size)
         assert ends_here(prompt_lens[1:], lengths[1:], block_size)
-        of_all = {row[0]: (int(tail.of[i]), row) for i, row in enumerate(columns(tiles)) if row[2]}
-        told = [row for row in columns(tail.tiles) if row[2]]
-        assert sorted(told) == sorted(row for place, row in of_all.values() if place >= 0)
-        for place, row in of_all.values():
-            assert place < 0 or columns(tail.tiles)[place] == row
-        for source, row in zip(tail.source.tolist(), columns(tail.tiles), strict=True):
-            assert row in (columns(tiles)[source], (*row[:2], 0, row[3]))
+        told, rest = ([row for row in columns(x) if row[2]] for x in (tail.tiles, others))
+        assert sorted(told + rest) == sorted(row for row in columns(tiles) if row[2])
         for _, request, length, position in told:
             found[request - 1] += range(position, position + length)
         done = [a + b for a, b in zip(done, new, strict=True)]
@@ -456,10 +451,10 @@ def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
 def test_a_tail_has_no_more_tiles_than_its_step():
     starts, lengths = requests(*[(0, 20)] * 50)
     tiles = prefill_tiles(starts, starts, lengths, 0, 32)
-    tail = find_tail(tiles, 0, lengths, 32)
+    others, tail = split_tail(tiles, 0, lengths, 32)
     assert len(tiles.row) == len(tail.tiles.row) == 100
     assert tail.tiles.length.sum() == 50 * 20
-    assert sorted(tail.of[tail.of >= 0].tolist()) == list(range(50))
+    assert len(others.row) == 100 and not others.length.any()
 
 
 def test_a_step_amid_a_prompt_has_no_tail():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton import reference
-from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tail, Tiles
+from csrc_triton.layout import Memory, Pages, Recalled, Rotary, Scope, Tail, Tiles
 
 # Scores of all blocks for all tiles of a step could take gigabytes at millions of tokens, so
 # tiles go through the selection in runs whose scratch stays below this.
@@ -149,12 +149,12 @@ def reattention(
     out: Tensor,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
-    recalled: Tensor | None = None,
+    recalled: Recalled | None = None,
     add_up: Callable[[Tensor], Tensor] | None = None,
     memory: Memory | None = None,
     tail: Tail | None = None,
     stage: Any = None,
-) -> Tensor:
+) -> Recalled:
     """Attention of every tile over its own scope (ReAttention, arXiv 2407.15176).
 
     query        [num_tokens, num_heads, head_size] fp32 | bf16 | fp16, not rotated
@@ -163,17 +163,19 @@ def reattention(
     scale        of the logits, 1/sqrt(head_size) as a rule
     out          [num_tokens, num_heads, head_size]; rows of no tile are left alone
     recalled     what another layer recalled for these tiles, instead of a selection
-    tail         those of the tiles that get a selection of this layer in any case
+    tail         other tiles, which get a selection of this layer in any case
     add_up       as `select` takes it; so are memory and stage
-    returns      what was attended to, as `select` returns it
     """
     stage = stage or stages(query.device)
-    scope = scope.of(tiles.max_length)
     max_blocks, num_kv_heads = block_table.shape[1], pages.key.shape[1]
     can_select = max_blocks > scope.dense_blocks and scope.recall_blocks and not scope.window
 
     def in_runs(
-        choose: Callable[..., Tensor], tiles: Tiles, memory: Memory | None, *shared: Tensor
+        choose: Callable[..., Tensor],
+        tiles: Tiles,
+        scope: Scope,
+        memory: Memory | None,
+        *shared: Tensor,
     ) -> Tensor:
         size = query.shape[1], num_kv_heads, tiles.max_length, max_blocks
         run = tiles_per_run(scratch_per_tile(*size, scope, is_tail=len(shared) > 0))
@@ -186,20 +188,24 @@ def reattention(
             found.append(choose(query, pages, block_table, part, *theirs, *given, known, stage))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    if not can_select:
-        recalled = block_table.new_empty((tiles.row.shape[0], 1, 0))
-    elif recalled is None:
-        recalled = in_runs(select, tiles, memory)
-    if can_select and tail is not None:
-        own = in_runs(select_for_tail, tail.tiles, tail.memory, recalled[tail.source])
-        recalled = with_tail(recalled, tail, own)
-    stage.attend(
-        query, pages, block_table, tiles, recalled, scope, rotary, scale, out, soft_cap, sinks
-    )
+    def shared(tiles: Tiles, scope: Scope, memory: Memory | None) -> Tensor:
+        if not can_select:
+            return block_table.new_empty((tiles.row.shape[0], 1, 0))
+        return in_runs(select, tiles, scope, memory)
+
+    def attend(tiles: Tiles, recalled: Tensor, scope: Scope) -> None:
+        given = (tiles, recalled, scope, rotary, scale, out, soft_cap, sinks)
+        stage.attend(query, pages, block_table, *given)
+
+    if recalled is None or not can_select:
+        recalled = Recalled(shared(tiles, scope, memory))
+        if tail is not None:
+            recalled = recalled._replace(tail=shared(tail.tiles, scope.of_tail, None))
+    attend(tiles, recalled.tiles, scope.of(tiles.max_length))
+    if tail is not None:
+        own = recalled.tail
+        assert own is not None, "what is recalled must be of a layer with the same tail"
+        if can_select:
+            own = in_runs(select_for_tail, tail.tiles, scope.of_tail, tail.memory, own)
+        attend(tail.tiles, own, scope.of_tail)
     return recalled
-
-
-def with_tail(recalled: Tensor, tail: Tail, own: Tensor) -> Tensor:
-    """What was recalled for all tiles, but for those of the tail what was for these."""
-    is_tail = (tail.of >= 0)[:, None, None]
-    return torch.where(is_tail, own[tail.of.clamp(min=0)], recalled)

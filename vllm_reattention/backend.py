@@ -277,8 +277,8 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
                 if self.selects_last:
                     attn_metadata.keep(index)
                 if attn_metadata.watch is not None:
-                    rest = scope, self.rotary, self.scale, self.soft_cap
-                    attn_metadata.watch(query, pages, table, tiles, found, *rest)
+                    rest = scope.of(tiles.max_length), self.rotary, self.scale, self.soft_cap
+                    attn_metadata.watch(query, pages, table, tiles, found.tiles, *rest)
         if self.is_last:
             attn_metadata.keep_tail()
         return output

@@ -7,7 +7,15 @@ from csrc_triton.layout import Scope
 
 KEY = "reattention"
 Scorer = Literal["layer", "refined", "summary"]
-SIZES = ("global_size", "local_size", "recall_size", "decode_recall_size", "dense_limit")
+SIZES = (
+    "global_size",
+    "local_size",
+    "recall_size",
+    "decode_recall_size",
+    "read_recall_size",
+    "read_local_size",
+    "dense_limit",
+)
 MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
 CANDIDATES_PER_RECALLED = 3
@@ -28,6 +36,8 @@ class ReAttentionConfig:
     decode_recall_size
                   tokens selected when a token is decoded; default half of recall_size, which takes
                   less time; answers that list many facts need all of it
+    read_recall_size, read_local_size
+                  the same while a prompt is read, all but its last four blocks
     dense_limit   context length up to which a query attends to everything; default the scope,
                   which finds more beyond it than a higher limit does
     scorer        layer: blocks are scored from their summaries, then the best candidates again from
@@ -52,6 +62,8 @@ class ReAttentionConfig:
     local_size: int | None = None
     recall_size: int | None = None
     decode_recall_size: int | None = None
+    read_recall_size: int | None = None
+    read_local_size: int | None = None
     dense_limit: int | None = None
     scorer: Scorer = "layer"
     select_every: int | None = None
@@ -171,12 +183,14 @@ class ReAttentionConfig:
         decode = self.decode_recall_size
         if decode is None:
             decode = -(-recall // (2 * block_size)) * block_size
+        read = recall if self.read_recall_size is None else self.read_recall_size
+        read_local = local if self.read_local_size is None else self.read_local_size
         total = first + recall + local
         dense = self.dense_limit
         if dense is None:
             dense = total
 
-        sizes = zip(SIZES, (first, local, recall, decode, dense), strict=True)
+        sizes = zip(SIZES, (first, local, recall, decode, read, read_local, dense), strict=True)
         for name, tokens in sizes:
             at_least = 0 if name.endswith("recall_size") else block_size
             if tokens < at_least or tokens % block_size:
@@ -211,6 +225,8 @@ class ReAttentionConfig:
             candidate_blocks=candidates,
             single_candidates=max(2 * recalled, SINGLE_CANDIDATES) if candidates else 0,
             single_recall=decode // block_size,
+            read_recall=read // block_size,
+            read_local=read_local // block_size,
             per_layer=self.scorer == "layer",
             memory=0.0 if speculates else self.remembers(num_layers),
         )

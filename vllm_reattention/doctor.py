@@ -156,10 +156,11 @@ class Case:
         out = torch.full_like(self.query, torch.nan)
         recalled, tail = select(*common, *rest), None
         if is_end:
-            only = torch.zeros(1, dtype=torch.int64, device=where)
-            tail = Tail(tiles, of=only, source=only)
+            tail = Tail(tiles)
             recalled = select_for_tail(*common, recalled, *rest)
-        reattention(*common, *rest, out, tail=tail)
+        if tail is not None:
+            tiles = tiles._replace(length=torch.zeros_like(tiles.length))
+        reattention(self.query, pages, table, tiles, *rest, out, tail=tail)
         return recalled[0], out
 
     def attention(self, recalled: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
-from csrc_triton.layout import Memory, Scope, Tail, Tiles
+from csrc_triton.layout import Memory, Recalled, Scope, Tail, Tiles
 from vllm_reattention import compat
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.mass import MassSamples
@@ -30,9 +30,9 @@ from vllm_reattention.tiles import (
     DecodeTiles,
     FreshPrompts,
     ends_here,
-    find_tail,
     fresh_prompts,
     prefill_tiles,
+    split_tail,
 )
 from vllm_reattention.times import StageTimes
 
@@ -47,9 +47,9 @@ class ReAttentionMetadata:
     fresh: FreshPrompts | None  # instead of prefill tiles
     memories: Memories | None
     is_generated: Tensor  # [num_decode_tokens] bool
-    tail: Tail | None  # of the prefill tiles
+    tail: Tail | None  # beside the prefill tiles
     # By index of `tiles`: what the last layer that selects recalled, for those behind it.
-    recalled: dict[int, Tensor] = field(default_factory=dict)
+    recalled: dict[int, Recalled] = field(default_factory=dict)
     found: dict[int, Memory] = field(default_factory=dict)  # so far
     watch: Callable[..., None] | None = None  # shown what a layer recalled
     times: StageTimes | None = None  # takes the times of this step's stages
@@ -223,24 +223,26 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         flags = self.is_generated[:num_decode_tokens]
         tail = None
         if num_prefills and fresh is None and selects:
-            tail = self._tail(step, tiles[-1], num_decodes)
+            tiles[-1], tail = self._split_tail(step, tiles[-1], num_decodes)
         if tail is not None and memories is not None:
             tail = tail._replace(memory=memories.of_layers(tail.tiles, table))
         return ReAttentionMetadata(self.scope, tiles, table, fresh, memories, flags, tail)
 
-    def _tail(self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int) -> Tail | None:
+    def _split_tail(
+        self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int
+    ) -> tuple[Tiles, Tail | None]:
         told, seq_lens = compat.prompt_lengths(), step.seq_lens_cpu_upper_bound
         if told is None:  # of a draft
-            return None
+            return tiles, None
         # a copy: the runner may write the next step's before the device has read this one's
         prompt_lens = torch.zeros(len(step.seq_lens), dtype=torch.int32)
         prompt_lens[: len(told)] = told[: len(prompt_lens)]
         if seq_lens is not None:
             ends = prompt_lens[num_decodes:], seq_lens[num_decodes:]
             if not ends_here(*ends, self.block_size):
-                return None
+                return tiles, None
         prompt_lens = prompt_lens.to(tiles.row.device, non_blocking=True)
-        return find_tail(tiles, num_decodes, prompt_lens, self.block_size)
+        return split_tail(tiles, num_decodes, prompt_lens, self.block_size)
 
     def _memories(self) -> Memories | None:
         """Made once there are pages, and outside of graphs, which would clear it in each replay."""

@@ -94,8 +94,12 @@ def tail_tiles(block_size: int) -> int:
     return max(1, TAIL // block_size)
 
 
-def find_tail(tiles: Tiles, first_request: int, prompt_lens: Tensor, block_size: int) -> Tail:
-    """Those of prefill tiles that lie at the end of their prompt, wherever steps cut it.
+def split_tail(
+    tiles: Tiles, first_request: int, prompt_lens: Tensor, block_size: int
+) -> tuple[Tiles, Tail]:
+    """Prefill tiles, those that lie at the end of their prompt with length 0; and those.
+
+    Wherever steps cut the prompts.
 
     tiles        of requests from first_request on
     prompt_lens  [num_requests] int32, on the tiles' device
@@ -116,7 +120,7 @@ def find_tail(tiles: Tiles, first_request: int, prompt_lens: Tensor, block_size:
         length=tiles.length[tile].masked_fill(~is_there, 0),
         position=tiles.position[tile],
     )
-    return Tail(of_tail, place.masked_fill(~is_last, -1), source=tile)
+    return tiles._replace(length=tiles.length.masked_fill(is_last, 0)), Tail(of_tail)
 
 
 class FreshPrompts(NamedTuple):

@@ -48,7 +48,7 @@ def warm_up(
                     memory = memories.recollect(tiles, table, is_generated)
                 if max_length > 1:  # all of them may lie at ends of prompts
                     of_layers = memories.of_layers(tiles, table) if remembers else None
-                    tail = Tail(tiles, nothing.long() - 1, nothing.long(), of_layers)
+                    tail = Tail(tiles, of_layers)
                 given = (scope, rotary, scale, out, soft_cap, sinks)
                 reattention(query, pages, table, tiles, *given, memory=memory, tail=tail)
                 if memory is not None:
