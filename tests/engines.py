@@ -44,7 +44,7 @@ def _prepare(environment: dict[str, str]) -> None:
 
 
 def flash_attention(*_):
-    """A stand-in for the GPU's, so that the path of whole prompts runs here too."""
+    """A stand-in for the GPU's, so that the path of dense prompts runs here too."""
     import torch
 
     def attend(
@@ -52,28 +52,40 @@ def flash_attention(*_):
         window_size, softcap, s_aux, out,
     ):  # fmt: skip
         assert causal and softcap == 0 and s_aux is None and window_size == [-1, -1]
-        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
-        for start, end in zip(cu_seqlens_q.tolist(), cu_seqlens_k[1:].tolist(), strict=False):
-            query, key, value = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        assert max_seqlen_k >= int(cu_seqlens_k.diff().max())
+        queries, keys = (zip(x.tolist(), x[1:].tolist()) for x in (cu_seqlens_q, cu_seqlens_k))  # noqa: B905
+        for (start, end), (first, last) in zip(queries, keys, strict=True):
+            query = q[start:end].transpose(0, 1)
+            key, value = (x[first:last].transpose(0, 1) for x in (k, v))
+            lengths = end - start, last - first
+            seen = torch.ones(lengths, dtype=torch.bool, device=q.device)
             out[start:end] = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=softmax_scale, enable_gqa=True
-            ).transpose(0, 1)
+                query, key, value, seen.tril(lengths[1] - lengths[0]), scale=softmax_scale,
+                enable_gqa=True,
+            ).transpose(0, 1)  # fmt: skip
 
     return attend
 
 
 def generate_with_flash_attention(*args, **options):
+    """And whether it was called with whole prompts, with parts of some, or with both."""
     from vllm_reattention import compat
 
     calls = []
 
     def counted(*about):
         attend = flash_attention(*about)
-        return lambda **arguments: calls.append(1) or attend(**arguments)
+
+        def attend_and_count(cu_seqlens_q, cu_seqlens_k, **rest):
+            calls.append(cu_seqlens_q is cu_seqlens_k)
+            attend(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **rest)
+
+        return attend_and_count
 
     real, compat.flash_attention = compat.flash_attention, counted
     try:
-        return generate(*args, **options), len(calls)
+        return generate(*args, **options), set(calls)
     finally:
         compat.flash_attention = real
 

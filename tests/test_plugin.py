@@ -1,6 +1,7 @@
 """What a guest must not do, and its numbers. Needs no vLLM."""
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,16 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import vllm_reattention
+from csrc_triton import reference
 from csrc_triton.layout import Scope, rotation_table
+from tests import engines
+from tests.cases import Case
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.rope import Refused, Rope, read_table
 from vllm_reattention.tiles import (
     DecodeTiles,
+    dense_prompts,
     ends_here,
     most_prefill_tiles,
     prefill_tiles,
@@ -248,6 +253,44 @@ def test_layers_without_a_window_share_selections(windows, first, selecting):
         for place, impl in enumerate(impls.values())
         if impl.selects and not impl.window
     ]
+
+
+TURNED = dict(head_size=80, rotary_dim=32, interleaved=True, query_scale=1.4)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("turned", [{}, TURNED], ids=["whole", "partial"])
+def test_parts_of_prompts_are_read_from_their_pages(turned, fp8):
+    """And attended to as the reference does it, by what stands in for FlashAttention."""
+    pytest.importorskip("vllm")
+    from vllm_reattention.backend import ReAttentionImpl
+
+    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scope = Scope(1, 4, 3, 40)
+    case = Case(contexts=(100, 40, 70), queries=(30, 40, 7), scope=scope, **turned)
+    inputs = case.build(dtype, device, torch.float8_e4m3fn if fp8 else None)
+    if fp8:
+        inputs.pages = inputs.pages._replace(key_scale=0.5, value_scale=2.0)
+    inputs.write(reference.write_kv)
+    nothing = torch.full((len(inputs.tiles.row), 1, 4), -1, dtype=torch.int32, device=device)
+    expected = inputs.attend(reference.attend, nothing)
+
+    starts, lengths = (
+        torch.tensor(told, dtype=torch.int32) for told in ((0, 30, 70, 77), case.contexts)
+    )
+    on_device = starts.to(device), starts, lengths.to(device), lengths
+    prompts = dense_prompts(*on_device, 0, 640, inputs.block_table, case.block_size, 300)
+    impl = SimpleNamespace(
+        rotary=inputs.rotary, scale=inputs.scale, window=0, soft_cap=0.0, sinks=None,
+        flash_attention=engines.flash_attention(),
+    )  # fmt: skip
+    impl._read = functools.partial(ReAttentionImpl._read, impl)
+    out = torch.full_like(inputs.query, torch.nan)
+    given = inputs.query, None, None, inputs.pages, prompts, out
+    ReAttentionImpl._attend_dense(impl, *given)
+    precise = 1e-5 if device == "cpu" else 4e-3
+    torch.testing.assert_close(out, expected, rtol=precise, atol=precise, equal_nan=True)
 
 
 @pytest.mark.parametrize(

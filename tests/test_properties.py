@@ -14,7 +14,7 @@ from tests.cases import Case, Inputs
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.rope import Rope
-from vllm_reattention.tiles import DecodeTiles, fresh_prompts, prefill_tiles
+from vllm_reattention.tiles import DecodeTiles, dense_prompts, prefill_tiles
 
 # The same examples every time: what fails here fails everywhere.
 settings.register_profile(
@@ -283,20 +283,39 @@ def test_tiles_cover_each_query_once(batch, block_size, data):
     ]
 
 
-@given(batches, st.integers(0, 4), st.integers(1, 100))
-def test_only_whole_prompts_are_fresh(batch, first, dense_limit):
+@given(batches, st.integers(0, 4), st.integers(1, 100), st.integers(0, 9), st.integers(20, 300))
+def test_prompts_are_dense_within_the_limit(batch, first, dense_limit, unsure, most_keys):
+    """The host may take a request for longer than it is."""
     assume(first < len(batch))
     starts = starts_of([new for _, new in batch])
     lengths = torch.tensor([sum(pair) for pair in batch], dtype=torch.int32)
-    fresh = fresh_prompts(starts, starts, lengths, first, dense_limit)
-    prompts = batch[first:]
-    whole = all(context == 0 and new <= dense_limit for context, new in prompts)
-    assert (fresh is not None) == whole
+    known = lengths + (lengths != starts.diff()) * unsure
+    table = torch.arange(len(batch) * 40, dtype=torch.int32).view(len(batch), -1).flip(1)
+    given_ = starts, starts, lengths, known, first, dense_limit, table, 16, most_keys
+    dense = dense_prompts(*given_)
+    prompts, theirs = batch[first:], known[first:]
+    whole = all(context == 0 for context, _ in prompts)
+    fits = int(theirs.max()) <= dense_limit and (whole or int(theirs.sum()) <= most_keys)
+    assert (dense is not None) == fits
+    if dense is None:
+        return
+    assert dense.rows == slice(int(starts[first]), int(starts[-1]))
+    new = [new for _, new in prompts]
+    assert dense.starts.tolist() == starts_of(new).tolist() and dense.max_len == max(new)
+    places = [context + at for context, count in prompts for at in range(count)]
+    assert dense.positions.tolist() == places
+    assert (dense.keys is None) == whole
     if whole:
-        new = [new for _, new in prompts]
-        assert fresh.starts.tolist() == starts_of(new).tolist() and fresh.max_len == max(new)
-        assert fresh.positions.tolist() == [at for count in new for at in range(count)]
-        assert fresh.rows == slice(int(starts[first]), int(starts[-1]))
+        return
+    sizes = [context + count for context, count in prompts]
+    assert dense.keys.starts.tolist() == starts_of(sizes).tolist()
+    assert dense.keys.max_len >= max(sizes)
+    at = [(row, place) for row, size in enumerate(sizes, first) for place in range(size)]
+    count = len(at)
+    assert dense.keys.page[:count].tolist() == [int(table[row, place // 16]) for row, place in at]
+    assert dense.keys.offset[:count].tolist() == [place % 16 for _, place in at]
+    assert dense.keys.block_start[:count].tolist() == [place // 16 * 16 for _, place in at]
+    assert len(dense.keys.page) == int(theirs.sum())
 
 
 sizes = st.one_of(st.none(), st.integers(-64, 400), st.integers(0, 300).map(lambda n: 32 * n))

@@ -303,7 +303,7 @@ SEAMS = [
     Seam("vllm.v1.attention.backends.fa_utils", "get_flash_attn_version", "compat.flash_attention",
          takes="head_size has_sinks requires_softcap"),
     Seam("vllm.vllm_flash_attn.flash_attn_interface", "flash_attn_varlen_func",
-         "backend.ReAttentionImpl._attend_fresh",
+         "backend.ReAttentionImpl._attend_dense",
          takes="q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale causal "
                "window_size softcap s_aux out fa_version"),
     # rotary embeddings

@@ -61,7 +61,7 @@ def test_within_the_window_nothing_changes(name, folder, engine):
 
 
 @pytest.mark.parametrize("name", ["llama", "glm4"])
-def test_whole_prompts_go_to_flash_attention(name, folder, engine):
+def test_dense_prompts_go_to_flash_attention(name, folder, engine):
     """With what stands in for it: prompts in one step as well as cut, and long ones beside them."""
     model, batches = make(name, folder), [SHORT, LONG, [SHORT[0], LONG[0], SHORT[2]]]
     plain, _ = engine(engines.generate, model, batches, max_num_batched_tokens=256)
@@ -69,7 +69,7 @@ def test_whole_prompts_go_to_flash_attention(name, folder, engine):
         engines.generate_with_flash_attention, model, batches, max_num_batched_tokens=256
     )
     assert plain == flashed
-    assert calls and counts[0][1] > 100
+    assert calls == {True, False} and counts[0][1] > 100
 
 
 def test_chunks_do_not_matter(folder, engine):

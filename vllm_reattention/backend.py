@@ -24,7 +24,7 @@ from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBu
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.proof import prove
 from vllm_reattention.rope import Refused, Rope, Site
-from vllm_reattention.tiles import FreshPrompts, most_prefill_tiles
+from vllm_reattention.tiles import CachedKeys, DensePrompts, most_prefill_tiles
 from vllm_reattention.warm_up import warm_up
 
 ELSEWHERE = "choose another attention backend"
@@ -246,8 +246,8 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if self.window:
             scope = Scope(0, 0, 0, 0, window=self.window)
         pages = self._pages(layer, kv_cache)
-        if attn_metadata.fresh is not None:
-            self._attend_fresh(query, key, value, attn_metadata.fresh, output)
+        if attn_metadata.dense is not None:
+            self._attend_dense(query, key, value, pages, attn_metadata.dense, output)
         recalled, table = attn_metadata.recalled, attn_metadata.block_table
         stage: Any = stages(query.device)
         if attn_metadata.times is not None:
@@ -283,21 +283,31 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             attn_metadata.keep_tail()
         return output
 
-    def _attend_fresh(
-        self, query: Tensor, key: Tensor, value: Tensor, fresh: FreshPrompts, output: Tensor
+    def _attend_dense(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pages: Pages,
+        prompts: DensePrompts,
+        output: Tensor,
     ) -> None:
-        """Whole prompts within the dense limit need nothing of ours but the rotation."""
-        assert self.flash_attention is not None, "without it the builder finds no fresh prompts"
+        """Prompts within the dense limit need nothing of ours but the rotation."""
+        assert self.flash_attention is not None, "without it the builder finds no dense prompts"
         rotate_rows = stages(query.device).rotate_rows
-        rows, positions, rotary = fresh.rows, fresh.positions, self.rotary
+        rows, positions, rotary, keys = prompts.rows, prompts.positions, self.rotary, prompts.keys
+        if keys is None:
+            k, v = rotate_rows(key[rows], positions, rotary), value[rows]
+        else:
+            k, v = self._read(pages, keys, query.dtype)
         self.flash_attention(
             q=rotate_rows(query[rows], positions, rotary, rotary.query_scale),
-            k=rotate_rows(key[rows], positions, rotary),
-            v=value[rows],
-            cu_seqlens_q=fresh.starts,
-            cu_seqlens_k=fresh.starts,
-            max_seqlen_q=fresh.max_len,
-            max_seqlen_k=fresh.max_len,
+            k=k,
+            v=v,
+            cu_seqlens_q=prompts.starts,
+            cu_seqlens_k=prompts.starts if keys is None else keys.starts,
+            max_seqlen_q=prompts.max_len,
+            max_seqlen_k=prompts.max_len if keys is None else keys.max_len,
             softmax_scale=self.scale,
             causal=True,
             window_size=[self.window - 1, 0] if self.window else [-1, -1],
@@ -305,6 +315,22 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             s_aux=self.sinks,
             out=output[rows],
         )
+
+    def _read(self, pages: Pages, keys: CachedKeys, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys, at their own positions, and values: [num_keys, num_kv_heads, head_size] each."""
+
+        def read(cache: Tensor, scale: float) -> Tensor:
+            if cache.dtype == dtype:
+                return cache[keys.page, :, keys.offset]
+            bits = cache.view(torch.uint8)[keys.page, :, keys.offset]  # not all of torch knows fp8
+            wide = bits.view(cache.dtype).to(dtype)
+            return wide if scale == 1.0 else wide * scale
+
+        # in the cache they are rotated by their offset, and in our order
+        turn = self.rotary._replace(interleaved=False)
+        key = read(pages.key, pages.key_scale)
+        turned = stages(key.device).rotate_rows(key, keys.block_start, turn)
+        return turned, read(pages.value, pages.value_scale)
 
     def _pages(self, layer: Attention, kv_cache: Tensor) -> Pages:
         scales = layer._k_scale_float, layer._v_scale_float
@@ -349,6 +375,9 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if self.flash_attention is not None:
             positions = torch.zeros(len(query), dtype=torch.int32, device=query.device)
             rotate_rows = stages(query.device).rotate_rows
-            turned = rotate_rows(query, positions, self.rotary, self.rotary.query_scale)
-            rotate_rows(key, positions, self.rotary)
-            del turned
+            turned = [rotate_rows(query, positions, self.rotary, self.rotary.query_scale)]
+            turned.append(rotate_rows(key, positions, self.rotary))
+            most = len(query) + scope.dense_blocks * block_size
+            read = key.new_empty((most, *key.shape[1:]))  # as _read makes them of parts of prompts
+            turned += [rotate_rows(read, positions.new_zeros(most), self.rotary), read.clone()]
+            del turned, read

@@ -28,9 +28,9 @@ from vllm_reattention.memory import Memories
 from vllm_reattention.metrics import SHARES, Counts
 from vllm_reattention.tiles import (
     DecodeTiles,
-    FreshPrompts,
+    DensePrompts,
+    dense_prompts,
     ends_here,
-    fresh_prompts,
     prefill_tiles,
     split_tail,
 )
@@ -44,7 +44,7 @@ class ReAttentionMetadata:
     scope: Scope  # of layers without a sliding window
     tiles: list[Tiles]  # decode tokens, prefill tiles: those there are
     block_table: Tensor  # [num_requests, max_blocks] int32
-    fresh: FreshPrompts | None  # instead of prefill tiles
+    dense: DensePrompts | None  # instead of prefill tiles
     memories: Memories | None
     is_generated: Tensor  # [num_decode_tokens] bool
     tail: Tail | None  # beside the prefill tiles
@@ -110,6 +110,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             selects = f"{len(selecting)} of {num_layers} layers select"
             self._introduce(config.scorer, trained_window, selects, forgets)
         scheduler = vllm_config.scheduler_config
+        self.max_tokens = scheduler.max_num_batched_tokens
         rows = max(
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs * self.reorder_batch_threshold,
@@ -201,32 +202,36 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             self._mark_generated(step, num_decodes)
             decoded = starts[: num_decodes + 1], step.seq_lens[:num_decodes]
             tiles.append(self.decode.fill(*decoded, num_decode_tokens))
-        fresh = None
+        max_blocks = -(-step.max_seq_len // self.block_size)
+        table, dense = step.block_table_tensor[:, :max_blocks], None
         if num_prefills and self.has_flash_attention:
-            fresh = fresh_prompts(
+            dense_limit = self.scope.dense_blocks * self.block_size
+            dense = dense_prompts(
                 starts,
                 step.query_start_loc_cpu,
+                step.seq_lens,
                 step.seq_lens_cpu_upper_bound,
                 num_decodes,
-                self.scope.dense_blocks * self.block_size,
+                dense_limit,
+                table,
+                self.block_size,
+                self.max_tokens + dense_limit,
             )
-        if num_prefills and fresh is None:
+        if num_prefills and dense is None:
             tiles.append(
                 prefill_tiles(
                     starts, step.query_start_loc_cpu, step.seq_lens, num_decodes, self.block_size
                 )
             )
-        max_blocks = -(-step.max_seq_len // self.block_size)
-        table = step.block_table_tensor[:, :max_blocks]
         selects = self.weight and max_blocks > self.scope.dense_blocks
         memories = self._memories() if selects else None
         flags = self.is_generated[:num_decode_tokens]
         tail = None
-        if num_prefills and fresh is None and selects:
+        if num_prefills and dense is None and selects:
             tiles[-1], tail = self._split_tail(step, tiles[-1], num_decodes)
         if tail is not None and memories is not None:
             tail = tail._replace(memory=memories.of_layers(tail.tiles, table))
-        return ReAttentionMetadata(self.scope, tiles, table, fresh, memories, flags, tail)
+        return ReAttentionMetadata(self.scope, tiles, table, dense, memories, flags, tail)
 
     def _split_tail(
         self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int

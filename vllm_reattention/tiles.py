@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from csrc_triton.layout import Tail, Tiles
 
@@ -123,34 +123,77 @@ def split_tail(
     return tiles._replace(length=tiles.length.masked_fill(is_last, 0)), Tail(of_tail)
 
 
-class FreshPrompts(NamedTuple):
-    """Prompts that start in this step and attend to all of themselves: plain causal attention."""
+class CachedKeys(NamedTuple):
+    """Where the keys of requests lie in their pages, one request's behind another's.
 
-    rows: slice  # of the step's tokens
-    starts: Tensor  # [num_prompts + 1] int32, first row of each among these
-    positions: Tensor  # [num_rows] int32
+    The host bounds their number from above; what lies behind the last of them counts for nothing.
+    """
+
+    starts: Tensor  # [num_requests + 1] int32, first key of each among these
+    page: Tensor  # [num_keys] int64
+    offset: Tensor  # [num_keys] int64, in the page
+    block_start: Tensor  # [num_keys] int32, position of the page's first key
     max_len: int
 
 
-def fresh_prompts(
+class DensePrompts(NamedTuple):
+    """A step's tokens of prompts that attend to all before them: plain causal attention."""
+
+    rows: slice  # of the step's tokens
+    starts: Tensor  # [num_requests + 1] int32, first row of each among these
+    positions: Tensor  # [num_rows] int32
+    max_len: int  # of those in this step
+    keys: CachedKeys | None  # None: of prompts that start in this step, and are whole
+
+
+def dense_prompts(
     query_start_loc: Tensor,
     query_start_loc_cpu: Tensor,
+    seq_lens: Tensor,
     seq_lens_cpu: Tensor | None,
     first_request: int,
     dense_limit: int,
-) -> FreshPrompts | None:
-    """The requests from first_request on, if each is a whole prompt within the dense limit.
+    block_table: Tensor,
+    block_size: int,
+    most_keys: int,
+) -> DensePrompts | None:
+    """The requests from first_request on, if none is longer than the dense limit.
 
-    seq_lens_cpu  [num_requests], exact for prompts; None: the host does not know
+    seq_lens_cpu  [num_requests], no less than seq_lens; None: the host does not know
+    most_keys     of all parts of prompts together, as they are read into memory of their own
     """
     if seq_lens_cpu is None:
         return None
     lens = query_start_loc_cpu[first_request:].diff()
-    max_len = int(lens.max())
-    if max_len > dense_limit or not torch.equal(lens, seq_lens_cpu[first_request:][: len(lens)]):
+    known = seq_lens_cpu[first_request:][: len(lens)]
+    are_whole = torch.equal(lens, known)
+    if int(known.max()) > dense_limit or (not are_whole and int(known.sum()) > most_keys):
         return None
     rows = slice(int(query_start_loc_cpu[first_request]), int(query_start_loc_cpu[-1]))
     starts = query_start_loc[first_request:] - rows.start
     row = torch.arange(rows.stop - rows.start, dtype=torch.int32, device=starts.device)
-    prompt = torch.searchsorted(starts[1:], row, right=True).clamp_(max=len(lens) - 1)
-    return FreshPrompts(rows, starts, row - starts[prompt], max_len)
+    prompt = _owner(row, starts)
+    position, keys = row - starts[prompt], None
+    if not are_whole:
+        theirs = seq_lens[first_request:][: len(lens)]
+        position += (theirs - starts.diff())[prompt]
+        table = block_table[first_request:]
+        keys = _cached_keys(theirs, int(known.sum()), int(known.max()), table, block_size)
+    return DensePrompts(rows, starts, position, int(lens.max()), keys)
+
+
+def _owner(row: Tensor, starts: Tensor) -> Tensor:
+    """Which of the ragged parts that start there a row is in; the last, if behind all."""
+    return torch.searchsorted(starts[1:], row, right=True).clamp_(max=len(starts) - 2)
+
+
+def _cached_keys(
+    seq_lens: Tensor, num_keys: int, max_len: int, block_table: Tensor, block_size: int
+) -> CachedKeys:
+    starts = nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    row = torch.arange(num_keys, dtype=torch.int32, device=seq_lens.device)
+    request = _owner(row, starts)
+    position = (row - starts[request]).clamp_(max=max_len - 1)
+    block = position // block_size
+    page = block_table[request, block].long()
+    return CachedKeys(starts, page, (position % block_size).long(), block * block_size, max_len)
