@@ -193,7 +193,7 @@ def _cached_keys(
     starts = nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     row = torch.arange(num_keys, dtype=torch.int32, device=seq_lens.device)
     request = _owner(row, starts)
-    position = (row - starts[request]).clamp_(max=max_len - 1)
+    position = (row - starts[request]).clamp_(max=block_table.shape[1] * block_size - 1)
     block = position // block_size
     page = block_table[request, block].long()
     return CachedKeys(starts, page, (position % block_size).long(), block * block_size, max_len)
