@@ -14,7 +14,8 @@ end at 16 causal queries. The best of FA3's split caps and of xformers' settings
 plans before it is timed. Where xformers or FlashInfer is missing, fails its check or does not run,
 it has no row and why is printed.
 
-Floors, per layer (scope of 8192 tokens; summaries are read in one layer of four):
+Floors, per layer (a scope of 5152 tokens in decode, 4096 in prefill; summaries are read in one
+layer of four):
   decode bytes    context/32/4 * kv_heads * 2d * 2 (summaries) + scope * kv_heads * 2d * itemsize
   prefill FLOPs   4 * new * scope * heads * d (attend)
                   + 2 * new/4 * context/32/4 * heads * 2d (score: 8 queries of 32, 1 layer of 4)
@@ -33,6 +34,7 @@ from csrc_triton.layout import Memory, Pages, Rotary, Scope, Tiles, rotation_tab
 from vllm_reattention.attention import (
     SELECTING_QUERIES,
     reattention,
+    select,
     select_for_tail,
     selecting,
 )
@@ -261,14 +263,16 @@ class Problem:
         if self.new_tokens > 1:
             count = tail_tiles(BLOCK_SIZE)
             tail = self.tiles.part(len(self.tiles.row) - count, len(self.tiles.row))
-            stages["exact, at a prompt's end"] = over_layers(
-                lambda g, r, *_: kernels.exact_scores(*g[:3], selecting(tail), self.scope, *r)
-            )
-            stages["select, at a prompt's end"] = over_layers(
-                lambda g, r, s, e, f, refined, recalled: select_for_tail(
-                    *g[:3], tail, recalled[-count:], self.scope, *r
-                )
-            )
+            scope = SCOPE.of_tail
+            ends = [((*given, tail), (scope, *rest)) for (*given, _), rest, *_ in kept]
+            shared = [select(*given, *rest) for given, rest in ends]
+            stages["exact, at a prompt's end"] = lambda: [
+                kernels.exact_scores(*given[:3], selecting(tail), *rest) for given, rest in ends
+            ]
+            stages["select, at a prompt's end"] = lambda: [
+                select_for_tail(*given, theirs, *rest)
+                for (given, rest), theirs in zip(ends, shared, strict=True)
+            ]
         return stages
 
     def flash_attn_3(self) -> dict[str, Callable[[], None]]:

@@ -2,6 +2,7 @@
 
 from csrc_triton.attend import attend
 from csrc_triton.exact import exact_scores
+from csrc_triton.read import read_kv
 from csrc_triton.recall import recall_blocks
 from csrc_triton.recollect import keep, recollect
 from csrc_triton.refine import refine_scores
@@ -13,6 +14,7 @@ __all__ = [
     "attend",
     "exact_scores",
     "keep",
+    "read_kv",
     "recall_blocks",
     "recollect",
     "refine_scores",

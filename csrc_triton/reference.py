@@ -17,6 +17,7 @@ __all__ = [
     "attend",
     "exact_scores",
     "keep",
+    "read_kv",
     "recall_blocks",
     "recollect",
     "refine_scores",
@@ -115,6 +116,22 @@ def rotate_rows(x: Tensor, positions: Tensor, rotary: Rotary, magnitude: float =
     raw = _half_split(_wide(x), rotary)
     raw = torch.cat((raw[..., : 2 * rotary.half] * magnitude, raw[..., 2 * rotary.half :]), -1)
     return _rotate(raw, rotary.cos_sin[positions.long()][:, None]).to(x.dtype)
+
+
+def read_kv(
+    pages: Pages, slots: Tensor, block_starts: Tensor, rotary: Rotary, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys rotated to their positions, rotary channels half-split, and values.
+
+    slots         [num_keys] int64, block * block_size + offset
+    block_starts  [num_keys] int32, position of the first key of the block
+    returns       twice [num_keys, num_kv_heads, head_size] of the dtype
+    """
+    block, offset = slots // pages.block_size, slots % pages.block_size
+    key, value = (_wide(cache)[block, :, offset] for cache in (pages.key, pages.value))
+    # in the cache they are rotated by their offset
+    key = _rotate(key * pages.key_scale, rotary.cos_sin[block_starts.long()][:, None])
+    return key.to(dtype), (value * pages.value_scale).to(dtype)
 
 
 def score_blocks(

@@ -115,6 +115,8 @@ def compile_everything(capability: int) -> None:
         rest = (*inputs.score_args()[:3], few, *inputs.score_args()[4:])
         kernels.write_kv(inputs.key, inputs.value, inputs.pages, inputs.slot_mapping, inputs.rotary)
         kernels.rotate_rows(inputs.query, tiles.position, inputs.rotary)
+        slots = tiles.position.long(), tiles.position
+        kernels.read_kv(inputs.pages, *slots, inputs.rotary, torch.bfloat16)
         score, extent = kernels.score_blocks(*rest)
         if tiles.max_length > 1:  # single queries are no prompt's end
             kernels.exact_scores(*rest, soft_cap)

@@ -121,6 +121,29 @@ def test_rotate_rows(case, dtype):
     assert_as_accurate(actual, eager, exact)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["", "fp8"])
+@pytest.mark.parametrize("case", [DECODE[0], DECODE[2], DECODE[3], DECODE[4]], ids=str)
+@each_dtype
+def test_read_kv(case, dtype, cache_dtype):
+    inputs = case.build(dtype, DEVICE, cache_dtype)
+    if cache_dtype is not None:
+        inputs.pages = inputs.pages._replace(key_scale=0.5, value_scale=2.0)
+    inputs.write(reference.write_kv)
+    context = case.contexts[0]
+    at = torch.arange(context, device=DEVICE)
+    start = at // case.block_size * case.block_size
+    slots = inputs.block_table[0][at // case.block_size].long() * case.block_size + at - start
+    args = (inputs.pages, slots, start.int(), inputs.rotary)
+    for actual, eager, exact in zip(
+        kernels.read_kv(*args, dtype),
+        reference.read_kv(*args, dtype),
+        reference.read_kv(*args, torch.float64),
+        strict=True,
+    ):
+        assert actual.dtype == dtype and actual.is_contiguous() and len(actual) == context
+        assert_as_accurate(actual, eager, exact)
+
+
 @each_selecting
 @each_dtype
 def test_score_blocks(case, dtype):

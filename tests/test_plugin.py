@@ -1,7 +1,6 @@
 """What a guest must not do, and its numbers. Needs no vLLM."""
 
 import ast
-import functools
 import shutil
 import subprocess
 import sys
@@ -189,10 +188,13 @@ def test_changelog_opens_with_this_version_and_its_vllm():
 
 def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32, num_layers=32)
-    assert scope == Scope(1, 191, 64, 256, 573, 447, 96, memory=0.8, per_layer=True)
-    assert [scope.of(length).candidate_blocks for length in (1, 2, 32)] == [447, 573, 573]
+    assert scope == Scope(1, 191, 64, 256, 573, 447, 96, 111, 16, memory=0.8, per_layer=True)
+    assert [scope.of(length).candidate_blocks for length in (1, 2, 32)] == [447, 333, 333]
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32, num_layers=30)
-    assert scope == Scope(1, 47, 16, 64, 141, 447, 24, memory=0.8, per_layer=True)
+    assert scope == Scope(1, 47, 16, 64, 141, 447, 24, 27, 4, memory=0.8, per_layer=True)
+    for size in (32, 64, 128):  # at least two blocks are local
+        scope = ReAttentionConfig().resolve(trained_window=512, block_size=size)
+        assert scope.read_local == 2 or scope.local_blocks == 1
 
 
 def test_nothing_is_remembered_where_nothing_can_be():
@@ -285,7 +287,6 @@ def test_parts_of_prompts_are_read_from_their_pages(turned, fp8):
         rotary=inputs.rotary, scale=inputs.scale, window=0, soft_cap=0.0, sinks=None,
         flash_attention=engines.flash_attention(),
     )  # fmt: skip
-    impl._read = functools.partial(ReAttentionImpl._read, impl)
     out = torch.full_like(inputs.query, torch.nan)
     given = inputs.query, None, None, inputs.pages, prompts, out
     ReAttentionImpl._attend_dense(impl, *given)
@@ -338,7 +339,8 @@ def test_only_the_profile_run_warms_up(num_pages, runs, monkeypatch):
 
 def test_recalling_nothing():
     config = ReAttentionConfig(recall_size=0, local_size=480, scorer="summary")
-    assert config.resolve(512, 32) == Scope(1, 0, 15, 16, single_recall=0)
+    scope = Scope(1, 0, 15, 16, single_recall=0, read_recall=0, read_local=15)
+    assert config.resolve(512, 32) == scope
 
 
 @pytest.mark.parametrize(
@@ -355,6 +357,8 @@ def test_recalling_nothing():
             "at most recall_size, 32, .* got 64; set .*=32",
         ),
         (dict(decode_recall_size=0), "0 only with it, got 0; set decode_recall_size=32"),
+        (dict(read_recall_size=0), "0 only with it, got 0; set read_recall_size=32"),
+        (dict(read_local_size=9999968), "at most local_size, .*; set read_local_size=1"),
         (dict(local_size=8192), "must fit in the trained window of 512 tokens, got 32 + 0 + 8192"),
         (dict(dense_limit=1024), "dense_limit must lie between"),
         (dict(dense_limit=128), "dense_limit must lie between"),

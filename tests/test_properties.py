@@ -312,10 +312,11 @@ def test_prompts_are_dense_within_the_limit(batch, first, dense_limit, unsure, m
     assert dense.keys.max_len >= max(sizes)
     at = [(row, place) for row, size in enumerate(sizes, first) for place in range(size)]
     count = len(at)
-    assert dense.keys.page[:count].tolist() == [int(table[row, place // 16]) for row, place in at]
-    assert dense.keys.offset[:count].tolist() == [place % 16 for _, place in at]
-    assert dense.keys.block_start[:count].tolist() == [place // 16 * 16 for _, place in at]
-    assert len(dense.keys.page) == int(theirs.sum())
+    pages = [int(table[row, place // 16]) for row, place in at]
+    slots = [page * 16 + place % 16 for page, (_, place) in zip(pages, at, strict=True)]
+    assert dense.keys.slots[:count].tolist() == slots
+    assert dense.keys.block_starts[:count].tolist() == [place // 16 * 16 for _, place in at]
+    assert len(dense.keys.slots) == int(theirs.sum())
 
 
 sizes = st.one_of(st.none(), st.integers(-64, 400), st.integers(0, 300).map(lambda n: 32 * n))
@@ -324,7 +325,7 @@ sizes = st.one_of(st.none(), st.integers(-64, 400), st.integers(0, 300).map(lamb
 @given(
     st.builds(
         dict, global_size=sizes, local_size=sizes, recall_size=sizes, dense_limit=sizes,
-        decode_recall_size=sizes,
+        decode_recall_size=sizes, read_recall_size=sizes, read_local_size=sizes,
         scorer=st.sampled_from(("refined", "summary", "layer")),
     ),
     st.one_of(st.integers(256, 20_000), st.just(131072)),
@@ -332,7 +333,7 @@ sizes = st.one_of(st.none(), st.integers(-64, 400), st.integers(0, 300).map(lamb
 )  # fmt: skip
 @settings(max_examples=300)
 def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, block_size):
-    for _ in range(9):
+    for _ in range(12):
         try:
             scope = ReAttentionConfig.read({"reattention": numbers}).resolve(window, block_size)
             break
@@ -341,7 +342,13 @@ def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, b
     else:
         raise AssertionError(f"no way out led anywhere, at last {numbers}")
     assert scope.global_blocks >= 1 <= scope.local_blocks and scope.recall_blocks >= 0
-    assert scope.of(2) == scope
+    reading = scope.of(2)
+    assert reading.of(2) == reading and reading.of_tail == reading
+    assert 0 < reading.local_blocks <= scope.local_blocks
+    assert (0 < reading.recall_blocks <= scope.recall_blocks) or not scope.recall_blocks
+    if numbers["read_recall_size"] is None and numbers["read_local_size"] is None:
+        least = reading.blocks - reading.recall_blocks + 1
+        assert reading.blocks <= max(scope.blocks // 2, least) or not scope.recall_blocks
     decoded = scope.of(1).recall_blocks
     assert (0 < decoded <= scope.recall_blocks) or decoded == scope.recall_blocks == 0
     if numbers["decode_recall_size"] is None:
@@ -355,6 +362,8 @@ def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, b
         (told.local_size, scope.local_blocks),
         (told.recall_size, scope.recall_blocks),
         (told.decode_recall_size, scope.of(1).recall_blocks),
+        (told.read_recall_size, reading.recall_blocks),
+        (told.read_local_size, reading.local_blocks),
         (told.dense_limit, scope.dense_blocks),
     ):
         assert given_size in (None, blocks * block_size)

@@ -183,6 +183,10 @@ def launch_everything() -> None:
         kernels.exact_scores(*inputs.score_args(), case.soft_cap)
         positions = torch.arange(len(out), dtype=torch.int32, device=DEVICE)
         kernels.rotate_rows(inputs.query, positions, inputs.rotary)
+        size = case.block_size
+        pages = inputs.block_table[0][positions // size].long()
+        slots, starts = pages * size + positions % size, positions // size * size
+        kernels.read_kv(inputs.pages, slots, starts, inputs.rotary, torch.float16)
         if memory is not None:
             place, size = (inputs.block_table, inputs.tiles), case.block_size
             kept = nothing_kept(len(inputs.pages.key), torch.device(DEVICE))

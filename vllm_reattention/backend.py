@@ -24,8 +24,8 @@ from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBu
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.proof import prove
 from vllm_reattention.rope import Refused, Rope, Site
-from vllm_reattention.tiles import CachedKeys, DensePrompts, most_prefill_tiles
-from vllm_reattention.warm_up import warm_up
+from vllm_reattention.tiles import DensePrompts, most_prefill_tiles
+from vllm_reattention.warm_up import warm_up, warm_up_dense
 
 ELSEWHERE = "choose another attention backend"
 
@@ -299,7 +299,9 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if keys is None:
             k, v = rotate_rows(key[rows], positions, rotary), value[rows]
         else:
-            k, v = self._read(pages, keys, query.dtype)
+            # whatever the model's order, keys are half-split in the cache
+            place = keys.slots, keys.block_starts
+            k, v = stages(query.device).read_kv(pages, *place, rotary, query.dtype)
         self.flash_attention(
             q=rotate_rows(query[rows], positions, rotary, rotary.query_scale),
             k=k,
@@ -315,22 +317,6 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             s_aux=self.sinks,
             out=output[rows],
         )
-
-    def _read(self, pages: Pages, keys: CachedKeys, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys, at their own positions, and values: [num_keys, num_kv_heads, head_size] each."""
-
-        def read(cache: Tensor, scale: float) -> Tensor:
-            if cache.dtype == dtype:
-                return cache[keys.page, :, keys.offset]
-            bits = cache.view(torch.uint8)[keys.page, :, keys.offset]  # not all of torch knows fp8
-            wide = bits.view(cache.dtype).to(dtype)
-            return wide if scale == 1.0 else wide * scale
-
-        # in the cache they are rotated by their offset, and in our order
-        turn = self.rotary._replace(interleaved=False)
-        key = read(pages.key, pages.key_scale)
-        turned = stages(key.device).rotate_rows(key, keys.block_start, turn)
-        return turned, read(pages.value, pages.value_scale)
 
     def _pages(self, layer: Attention, kv_cache: Tensor) -> Pages:
         scales = layer._k_scale_float, layer._v_scale_float
@@ -355,14 +341,18 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
         scope = self.scope_of(block_size)
+        most_dense_keys = len(query) + scope.dense_blocks * block_size  # of a step
         if self.window:
             scope = Scope(0, 0, 0, 0, window=self.window)
         singles = min(self.most_singles, len(query))
         prompts = most_prefill_tiles(len(query), self.most_requests, block_size)
+        cache_dtype = query.dtype
+        if self.kv_cache_dtype.startswith("fp8"):
+            cache_dtype = torch.float8_e4m3fn
         warm_up(
             query,
             self.num_kv_heads,
-            torch.float8_e4m3fn if self.kv_cache_dtype.startswith("fp8") else query.dtype,
+            cache_dtype,
             {1: {1, singles}, block_size: {prompts}},
             -(-self.max_model_len // block_size),
             block_size,
@@ -373,11 +363,4 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             self.sinks,
         )
         if self.flash_attention is not None:
-            positions = torch.zeros(len(query), dtype=torch.int32, device=query.device)
-            rotate_rows = stages(query.device).rotate_rows
-            turned = [rotate_rows(query, positions, self.rotary, self.rotary.query_scale)]
-            turned.append(rotate_rows(key, positions, self.rotary))
-            most = len(query) + scope.dense_blocks * block_size
-            read = key.new_empty((most, *key.shape[1:]))  # as _read makes them of parts of prompts
-            turned += [rotate_rows(read, positions.new_zeros(most), self.rotary), read.clone()]
-            del turned, read
+            warm_up_dense(query, key, cache_dtype, most_dense_keys, block_size, self.rotary)

@@ -37,7 +37,9 @@ class ReAttentionConfig:
                   tokens selected when a token is decoded; default half of recall_size, which takes
                   less time; answers that list many facts need all of it
     read_recall_size, read_local_size
-                  the same while a prompt is read, all but its last four blocks
+                  tokens selected, and most recent ones, for a prompt but for its last 97 to 128
+                  tokens; default half the scope, a quarter of local_size in it: text that is read
+                  by less confuses less
     dense_limit   context length up to which a query attends to everything; default the scope,
                   which finds more beyond it than a higher limit does
     scorer        layer: blocks are scored from their summaries, then the best candidates again from
@@ -183,9 +185,14 @@ class ReAttentionConfig:
         decode = self.decode_recall_size
         if decode is None:
             decode = -(-recall // (2 * block_size)) * block_size
-        read = recall if self.read_recall_size is None else self.read_recall_size
-        read_local = local if self.read_local_size is None else self.read_local_size
         total = first + recall + local
+        read_local = self.read_local_size
+        if read_local is None:
+            least = 2 * block_size if recall else local
+            read_local = min(max(whole(local // 4), least), local)
+        read = self.read_recall_size
+        if read is None:
+            read = min(max(whole(total // 2) - first - read_local, block_size), recall)
         dense = self.dense_limit
         if dense is None:
             dense = total
@@ -209,6 +216,16 @@ class ReAttentionConfig:
             raise ValueError(
                 f"decode_recall_size must be at most recall_size, {recall}, and 0 only with it, "
                 f"got {decode}; set decode_recall_size={min(max(decode, block_size), recall)}"
+            )
+        if read > recall or (recall and not read):
+            raise ValueError(
+                f"read_recall_size must be at most recall_size, {recall}, and 0 only with it, "
+                f"got {read}; set read_recall_size={min(max(read, block_size), recall)}"
+            )
+        if read_local > local:
+            raise ValueError(
+                f"read_local_size must be at most local_size, {local}, got {read_local}; "
+                f"set read_local_size={local}"
             )
         if not total <= dense <= trained_window:
             raise ValueError(

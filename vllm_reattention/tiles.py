@@ -130,9 +130,8 @@ class CachedKeys(NamedTuple):
     """
 
     starts: Tensor  # [num_requests + 1] int32, first key of each among these
-    page: Tensor  # [num_keys] int64
-    offset: Tensor  # [num_keys] int64, in the page
-    block_start: Tensor  # [num_keys] int32, position of the page's first key
+    slots: Tensor  # [num_keys] int64, page * block_size + offset
+    block_starts: Tensor  # [num_keys] int32, position of the page's first key
     max_len: int
 
 
@@ -195,5 +194,5 @@ def _cached_keys(
     request = _owner(row, starts)
     position = (row - starts[request]).clamp_(max=block_table.shape[1] * block_size - 1)
     block = position // block_size
-    page = block_table[request, block].long()
-    return CachedKeys(starts, page, (position % block_size).long(), block * block_size, max_len)
+    slots = block_table[request, block].long() * block_size + position % block_size
+    return CachedKeys(starts, slots, block * block_size, max_len)

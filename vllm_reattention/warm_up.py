@@ -28,8 +28,7 @@ def warm_up(
     tile_counts  numbers of tiles to try, by their max_length
     """
     stage, head_size, device = stages(query.device), query.shape[2], query.device
-    key = torch.zeros((1, num_kv_heads, block_size, head_size), dtype=cache_dtype, device=device)
-    pages = Pages(key, key.clone(), query.new_zeros((1, num_kv_heads, 2, head_size)))
+    pages = _a_page(query, num_kv_heads, cache_dtype, block_size)
     nowhere = torch.full((1,), -1, device=device)
     raw = query.new_zeros((1, num_kv_heads, head_size))
     stage.write_kv(raw, raw, pages, nowhere, rotary)
@@ -55,6 +54,34 @@ def warm_up(
                     memories.keep(tiles, table, memory)
                 if tail is not None:
                     memories.keep_tail(tail, table)
+
+
+def warm_up_dense(
+    query: Tensor,
+    key: Tensor,
+    cache_dtype: torch.dtype,
+    most_keys: int,
+    block_size: int,
+    rotary: Rotary,
+) -> None:
+    """The same for prompts that FlashAttention gets, whole or in parts.
+
+    query, key  [num_tokens, num_heads or num_kv_heads, head_size], strided as they will be
+    most_keys   of a step's parts of prompts and of what is before them
+    """
+    stage, positions = stages(query.device), query.new_zeros(len(query), dtype=torch.int32)
+    turned = stage.rotate_rows(query, positions, rotary, rotary.query_scale)
+    stage.rotate_rows(key, positions, rotary)
+    pages = _a_page(query, key.shape[1], cache_dtype, block_size)
+    starts = positions.new_zeros(most_keys)
+    stage.read_kv(pages, starts.long(), starts, rotary, query.dtype)
+    del turned
+
+
+def _a_page(query: Tensor, num_kv_heads: int, dtype: torch.dtype, block_size: int) -> Pages:
+    head_size = query.shape[2]
+    cache = query.new_zeros((2, 1, num_kv_heads, block_size, head_size), dtype=dtype)
+    return Pages(cache[0], cache[1], query.new_zeros((1, num_kv_heads, 2, head_size)))
 
 
 def _widths(max_blocks: int, scope: Scope) -> list[int]:
