@@ -21,7 +21,14 @@ FIRST, SECOND, THIRD = (
 # Selects from 192 tokens on; prompts in one piece, so that no chunk cuts a tile
 WHOLE = dict(
     additional_config={
-        "reattention": dict(local_size=96, recall_size=64, dense_limit=192, select_every=2)
+        "reattention": dict(
+            local_size=96,
+            recall_size=64,
+            read_local_size=64,
+            read_recall_size=32,
+            dense_limit=192,
+            select_every=2,
+        )
     },
     max_num_batched_tokens=4096,
 )

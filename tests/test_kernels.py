@@ -674,16 +674,20 @@ def test_a_selection_serves_other_layers(case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", [DECODE[0], PREFILL[0]], ids=str)
-def test_single_queries_recall_less(case, monkeypatch):
+def test_tiles_have_the_scope_of_their_kind(case, monkeypatch):
+    """Single queries recall less, and so do tiles of a prompt, but for those at its end."""
     inputs = case.build(torch.float16, DEVICE)
     inputs.write(reference.write_kv)
     monkeypatch.setattr(attention, "stages", lambda _: reference)
     query, pages, table, tiles, scope, *rest = inputs.score_args()
-    least = scope._replace(recall_blocks=2)
-    scope = scope._replace(single_recall=2)
+    exact = scope._replace(recall_blocks=2)
+    if tiles.max_length > 1:
+        half = scope.candidate_blocks // 2
+        exact = scope._replace(recall_blocks=2, local_blocks=1, candidate_blocks=half)
+    assert scope.recall_blocks == 4 and scope.local_blocks > 1
+    scope = scope._replace(single_recall=2, read_recall=2, read_local=1)
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
     recalled = attention.reattention(query, pages, table, tiles, scope, *rest, out).tiles
-    exact = least if tiles.max_length == 1 else scope
     assert recalled.shape[-1] == exact.recall_blocks
     assert torch.equal(recalled, attention.select(query, pages, table, tiles, exact, *rest))
     reference.attend(query, pages, table, tiles, recalled, exact, *rest, other)
@@ -700,6 +704,7 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
     monkeypatch.setattr(attention, "stages", lambda _: reference)
     query, pages, table, tiles, scope, *rest = inputs.score_args()
     scope = scope._replace(candidate_blocks=candidates)
+    reading = scope._replace(recall_blocks=2, local_blocks=1, candidate_blocks=candidates // 2)
     monkeypatch.setattr(attention, "TAIL_FINDS", finds)
     monkeypatch.setattr(attention, "SELECTION_BYTES", 0)  # four tiles at once
     lengths = torch.tensor([600, 350], dtype=torch.int32, device=DEVICE)  # the second goes on
@@ -709,13 +714,14 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
     assert 0 < is_tail.sum() < (tiles.length > 0).sum() - 3
     given = (query, pages, table)
     theirs, of_tail = (
-        torch.zeros_like(attention.select(*given, some, scope, *rest))
+        torch.zeros_like(attention.select(*given, some, of_kind, *rest))
         + torch.arange(len(some.row), device=DEVICE, dtype=torch.int32)[:, None, None] + 1
-        for some in (others, tail.tiles)
+        for some, of_kind in ((others, reading), (tail.tiles, scope))
     )  # fmt: skip
     out, other = torch.full_like(query, float("nan")), torch.full_like(query, float("nan"))
     known = Recalled(theirs, of_tail)
-    args = *given, others, scope, *rest, out
+    both = scope._replace(read_recall=2, read_local=1)
+    args = *given, others, both, *rest, out
     assert attention.reattention(*args, recalled=known, tail=tail) is known
     score, _ = reference.exact_scores(*given, attention.selecting(tail.tiles), scope, *rest)
     own = torch.zeros_like(of_tail)
@@ -724,8 +730,8 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
             first, *best = scores.argsort(descending=True).tolist()
             expected = list(dict.fromkeys((first, tile + 1, *best)))[: own.shape[-1]]
             own[tile, head] = torch.tensor(sorted(expected))
-    for some, recalled in ((others, theirs), (tail.tiles, own)):
-        reference.attend(*given, some, recalled, scope, *rest, other)
+    for some, recalled, of_kind in ((others, theirs, reading), (tail.tiles, own, scope)):
+        reference.attend(*given, some, recalled, of_kind, *rest, other)
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
 
@@ -801,7 +807,7 @@ def test_a_request_of_nan_is_alone_with_it(stage, case):
     before, after = torch.full((2, *inputs.query.shape), 7.0, dtype=torch.float16, device=DEVICE)
     attention.reattention(*given, before, stage=stage)
     inputs.query[row : row + length] = float("nan")
-    recalled = attention.reattention(*given, after, stage=stage)
+    recalled = attention.reattention(*given, after, stage=stage).tiles
     assert (recalled <= blocks[:, None, None]).all()
     assert after[row : row + length].isnan().all()
     after[row : row + length] = before[row : row + length]

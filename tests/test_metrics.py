@@ -17,8 +17,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from csrc_triton.layout import Scope
 from vllm_reattention import metrics, times
 
-BLOCK, DENSE, RECALLED, RECALLED_IN_DECODE = 32, 128, 5, 2
-SCOPE = Scope(1, RECALLED, 2, DENSE // BLOCK, single_recall=RECALLED_IN_DECODE)
+BLOCK, DENSE, RECALLED, RECALLED_IN_DECODE = 32, 128, 4, 2
+SCOPE = Scope(1, 5, 2, DENSE // BLOCK, single_recall=RECALLED_IN_DECODE, read_recall=RECALLED)
 
 
 @pytest.fixture

@@ -192,9 +192,10 @@ def test_defaults():
     assert [scope.of(length).candidate_blocks for length in (1, 2, 32)] == [447, 333, 333]
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32, num_layers=30)
     assert scope == Scope(1, 47, 16, 64, 141, 447, 24, 27, 4, memory=0.8, per_layer=True)
-    for size in (32, 64, 128):  # at least two blocks are local
-        scope = ReAttentionConfig().resolve(trained_window=512, block_size=size)
-        assert scope.read_local == 2 or scope.local_blocks == 1
+    scope = ReAttentionConfig().resolve(trained_window=512, block_size=32)
+    assert scope.of(32) == scope.of_tail
+    config = ReAttentionConfig(local_size=64, recall_size=3968)
+    assert config.resolve(trained_window=8192, block_size=32).read_local == 2
 
 
 def test_nothing_is_remembered_where_nothing_can_be():
@@ -341,6 +342,8 @@ def test_recalling_nothing():
     config = ReAttentionConfig(recall_size=0, local_size=480, scorer="summary")
     scope = Scope(1, 0, 15, 16, single_recall=0, read_recall=0, read_local=15)
     assert config.resolve(512, 32) == scope
+    config = ReAttentionConfig(recall_size=0, local_size=8160)
+    assert config.resolve(32768, 32).of(32).local_blocks == 255
 
 
 @pytest.mark.parametrize(

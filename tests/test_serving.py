@@ -37,7 +37,9 @@ SHORT, LONG = [
     for lengths in ((7, 33, 100), (1100,))
 ]
 # Small enough to leave blocks out within some hundred tokens
-SIZES = dict(local_size=96, recall_size=64, dense_limit=192)
+SIZES = dict(
+    local_size=96, recall_size=64, read_local_size=64, read_recall_size=32, dense_limit=192
+)
 WHOLE = dict(max_num_batched_tokens=2048)  # of both prompts of an engine
 SMALL = dict(additional_config={"reattention": SIZES})
 
@@ -170,8 +172,9 @@ def test_scopes_differ_in_what_they_say(folder, engine):
         SIZES | dict(scorer="summary"),
         SIZES | dict(scorer="refined"),
         SIZES | dict(select_every=2),
-        SIZES | dict(recall_size=0),
-        SIZES | dict(recall_size=0, local_size=160),
+        SIZES | dict(recall_size=0, read_recall_size=0),
+        SIZES | dict(recall_size=0, read_recall_size=0, local_size=160, read_local_size=160),
+        SIZES | dict(read_recall_size=64, read_local_size=96),
         SIZES | dict(select_layers=[0]),
     ]
     said, texts = [], [*LONG, LONG[0][::-1]]
@@ -179,8 +182,8 @@ def test_scopes_differ_in_what_they_say(folder, engine):
         config = {"reattention": n}
         (tokens,), _ = engine(engines.generate, model, [texts], additional_config=config)
         said.append(tuple(map(tuple, tokens)))
-    assert len({said[0], *said[2:6]}) == 5
-    assert said[6] == said[3]  # the model has two layers
+    assert len({said[0], *said[2:7]}) == 6
+    assert said[7] == said[3]  # the model has two layers
 
 
 @pytest.mark.parametrize(

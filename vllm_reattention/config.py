@@ -18,6 +18,7 @@ SIZES = (
 )
 MOST = 8192  # tokens of a default scope
 LEAST = 2048  # tokens of a default scope, if the model was trained on so many
+READ_LEAST = 1024  # tokens of half a scope, by which prompts are read; less was not measured
 CANDIDATES_PER_RECALLED = 3
 # At least, of a single query, whose keys are read once: 512 with the global block and the probes.
 SINGLE_CANDIDATES = 447
@@ -38,8 +39,8 @@ class ReAttentionConfig:
                   less time; answers that list many facts need all of it
     read_recall_size, read_local_size
                   tokens selected, and most recent ones, for a prompt but for its last 97 to 128
-                  tokens; default half the scope, a quarter of local_size in it: text that is read
-                  by less confuses less
+                  tokens; default half the scope if that is at least 1024 tokens, and a quarter of
+                  local_size in it: what is read with less is told apart better
     dense_limit   context length up to which a query attends to everything; default the scope,
                   which finds more beyond it than a higher limit does
     scorer        layer: blocks are scored from their summaries, then the best candidates again from
@@ -186,13 +187,14 @@ class ReAttentionConfig:
         if decode is None:
             decode = -(-recall // (2 * block_size)) * block_size
         total = first + recall + local
+        half = whole(total // 2)
+        halves = recall > 0 and half >= READ_LEAST
         read_local = self.read_local_size
         if read_local is None:
-            least = 2 * block_size if recall else local
-            read_local = min(max(whole(local // 4), least), local)
+            read_local = min(max(whole(local // 4), 2 * block_size), local) if halves else local
         read = self.read_recall_size
         if read is None:
-            read = min(max(whole(total // 2) - first - read_local, block_size), recall)
+            read = min(max(half - first - read_local, block_size), recall) if halves else recall
         dense = self.dense_limit
         if dense is None:
             dense = total
