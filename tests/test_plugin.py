@@ -20,7 +20,7 @@ from csrc_triton import reference
 from csrc_triton.layout import Scope, rotation_table
 from tests import engines
 from tests.cases import Case
-from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.config import ReAttentionConfig, described
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.rope import Refused, Rope, read_table
 from vllm_reattention.tiles import (
@@ -194,8 +194,16 @@ def test_defaults():
     assert scope == Scope(1, 47, 16, 64, 141, 447, 24, 27, 4, memory=0.8, per_layer=True)
     scope = ReAttentionConfig().resolve(trained_window=512, block_size=32)
     assert scope.of(32) == scope.of_tail
+    assert described(scope, 32) == (
+        "512 tokens: 32 global, 352 recalled, 128 local; 192 recalled in decode"
+    )
     config = ReAttentionConfig(local_size=64, recall_size=3968)
-    assert config.resolve(trained_window=8192, block_size=32).read_local == 2
+    scope = config.resolve(trained_window=8192, block_size=32)
+    assert scope.read_local == 2
+    assert described(scope, 32) == (
+        "4,064 tokens: 32 global, 3,968 recalled, 64 local; 1,984 recalled in decode; "
+        "1,920 recalled and 64 local before a prompt's end"
+    )
 
 
 def test_nothing_is_remembered_where_nothing_can_be():

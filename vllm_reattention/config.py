@@ -249,3 +249,23 @@ class ReAttentionConfig:
             per_layer=self.scorer == "layer",
             memory=0.0 if speculates else self.remembers(num_layers),
         )
+
+
+def described(scope: Scope, block_size: int) -> str:
+    """A scope in words, in tokens."""
+
+    def told(blocks: int) -> str:
+        return f"{blocks * block_size:,}"
+
+    text = (
+        f"{told(scope.blocks)} tokens: {told(scope.global_blocks)} global, "
+        f"{told(scope.recall_blocks)} recalled, {told(scope.local_blocks)} local"
+    )
+    if (decoded := scope.of(1).recall_blocks) < scope.recall_blocks:
+        text += f"; {told(decoded)} recalled in decode"
+    if (reading := scope.of(block_size)) != scope.of_tail:
+        text += (
+            f"; {told(reading.recall_blocks)} recalled and {told(reading.local_blocks)} local "
+            "before a prompt's end"
+        )
+    return text

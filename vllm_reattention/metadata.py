@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from csrc_triton.layout import Memory, Recalled, Scope, Tail, Tiles
 from vllm_reattention import compat
-from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.config import ReAttentionConfig, described
 from vllm_reattention.mass import MassSamples
 from vllm_reattention.memory import Memories
 from vllm_reattention.metrics import SHARES, Counts
@@ -141,14 +141,9 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
-            "ReAttention: scope %d tokens (%d global + %d recalled, %d in decode, + %d local), "
-            "trained window %d, all keys up to %d, scorer %s, %s, memory %g%s, summaries take "
-            "%.1f %% of the KV cache",
-            scope.blocks * size,
-            scope.global_blocks * size,
-            scope.recall_blocks * size,
-            scope.of(1).recall_blocks * size,
-            scope.local_blocks * size,
+            "ReAttention: scope of %s; trained window %d, all keys up to %d, scorer %s, %s, "
+            "memory %g%s, summaries take %.1f %% of the KV cache",
+            described(scope, size),
             trained_window,
             scope.dense_blocks * size,
             scorer,

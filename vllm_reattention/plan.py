@@ -13,7 +13,7 @@ import transformers
 from csrc_triton.layout import Scope
 from vllm_reattention import compat
 from vllm_reattention.attention import scratch_per_tile, tiles_per_run
-from vllm_reattention.config import ReAttentionConfig
+from vllm_reattention.config import ReAttentionConfig, described
 from vllm_reattention.pages import bytes_per_token
 from vllm_reattention.tiles import most_prefill_tiles
 
@@ -96,7 +96,8 @@ class Plan:
     @property
     def scratch_bytes(self) -> int:
         """What the backend makes vLLM's profile run see: the most that a step's selection takes."""
-        block, scope, shape = compat.BLOCK_SIZES[0], self.scope, self.shape
+        # all tiles of prompts may lie at ends, whose scope is the largest
+        block, scope, shape = compat.BLOCK_SIZES[0], self.scope.of_tail, self.shape
         max_blocks = -(-self.max_model_len // block)
         heads = shape.num_heads // self.gpus
         turned = CHUNK * (heads + self.kv_heads) * shape.head_size * shape.dtype_size
@@ -114,7 +115,7 @@ class Plan:
             memories = 1 if max_length == 1 else 3  # of tiles, and two at ends of prompts
             remembered = memories * num_tiles * max_blocks if scope.memory else 0
             most = max(most, 4 * (at_once * (numbers + beside) + remembered))
-            if max_length > 1:  # all tiles may lie at ends
+            if max_length > 1:
                 numbers = scratch_per_tile(*size, is_tail=True)
                 at_once = min(num_tiles, tiles_per_run(numbers))
                 most = max(most, 4 * (at_once * numbers + remembered))
@@ -243,11 +244,8 @@ def report(plan: Plan) -> str:
         f"layers    {shape.full_layers} with full attention"
         + (f", {shape.window_layers} with windows of {shape.window}" if shape.window_layers else "")
         + f"; {shape.num_kv_heads} KV heads of size {shape.head_size}",
-        f"scope     {scope.blocks * block:,} tokens: {scope.global_blocks * block} global, "
-        f"{scope.recall_blocks * block:,} recalled "
-        f"({scope.of(1).recall_blocks * block:,} in decode), "
-        f"{scope.local_blocks * block:,} local; full attention up to "
-        f"{scope.dense_blocks * block:,} tokens",
+        f"scope     {described(scope, block)}",
+        f"dense     full attention up to {scope.dense_blocks * block:,} tokens",
         f"KV cache  {each}{plan.token_bytes / 1024:.1f} KiB per token, "
         f"of which {plan.summary_bytes / 1024:.1f} are summaries",
         f"request   {each}{_gib(plan.request_bytes)} for {plan.max_model_len:,} tokens",
