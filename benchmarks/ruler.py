@@ -122,6 +122,10 @@ def summary(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def is_drawn(name: str, found: list[dict]) -> bool:
+    return not name.startswith("reattention") or {row["task"] for row in found} == set(TASKS)
+
+
 def draw(model: str) -> None:
     """A plot for each task and for their average; of each seed what was measured last counts."""
     import matplotlib
@@ -135,6 +139,8 @@ def draw(model: str) -> None:
             place = ("provider", *engines.SETTINGS, "task", "context_len", "depth", "seed")
             newest[tuple(row[name] for name in place)] = row
     groups = by_provider(list(newest.values()))
+    # scopes that a few tasks tried would crowd out those that were measured
+    groups = {name: found for name, found in groups.items() if is_drawn(name, found)}
     figure, grid = plt.subplots(3, 4, figsize=(15, 9), sharey=True)
     for task, axis in zip((*TASKS, "average"), grid.flat, strict=True):
         for index, (name, found) in enumerate(groups.items()):  # not all have every task
