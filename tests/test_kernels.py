@@ -741,6 +741,7 @@ def test_layers_of_a_tail_add_up_what_they_find(stage):
     inputs = case.build(torch.float16, DEVICE)
     inputs.write(reference.write_kv)
     query, pages, table, tiles, scope, *rest = inputs.score_args()
+    both = scope._replace(read_recall=1, read_local=2)
     lengths = torch.tensor([250, 190], dtype=torch.int32, device=DEVICE)
     others, tail = tiles_module.split_tail(tiles, 0, lengths, case.block_size)
     found = torch.zeros((len(tail.tiles.row), table.shape[1]), device=DEVICE)
@@ -760,9 +761,9 @@ def test_layers_of_a_tail_add_up_what_they_find(stage):
     for layer_query in (query, -query):
         known, alone = found.clone(), torch.zeros_like(found)
         args = layer_query, pages, table
-        attention.reattention(*args, others, scope, *rest, out, tail=tail, stage=stage)
+        attention.reattention(*args, others, both, *rest, out, tail=tail, stage=stage)
         own = of_one(layer_query, known)
-        attention.reattention(*args, others, scope, *rest, other, stage=stage)
+        attention.reattention(*args, others, both, *rest, other, stage=stage)
         stage.attend(*args, tail.tiles, own, scope, *rest, other)
         torch.testing.assert_close(out, other, rtol=0, atol=0)
         torch.testing.assert_close(found, known)
