@@ -51,7 +51,8 @@ def flash_attention(*_):
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
         window_size, softcap, s_aux, out,
     ):  # fmt: skip
-        assert causal and softcap == 0 and s_aux is None and window_size == [-1, -1]
+        assert causal and softcap == 0 and s_aux is None
+        assert window_size[1] == min(window_size[0], 0)
         assert max_seqlen_q == int(cu_seqlens_q.diff().max())
         assert max_seqlen_k >= int(cu_seqlens_k.diff().max())
         queries, keys = (zip(x.tolist(), x[1:].tolist()) for x in (cu_seqlens_q, cu_seqlens_k))  # noqa: B905
@@ -59,11 +60,13 @@ def flash_attention(*_):
             query = q[start:end].transpose(0, 1)
             key, value = (x[first:last].transpose(0, 1) for x in (k, v))
             lengths = end - start, last - first
-            seen = torch.ones(lengths, dtype=torch.bool, device=q.device)
+            own = lengths[1] - lengths[0]
+            seen = torch.ones(lengths, dtype=torch.bool, device=q.device).tril(own)
+            if window_size[0] >= 0:
+                seen = seen.triu(own - window_size[0])
             out[start:end] = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, seen.tril(lengths[1] - lengths[0]), scale=softmax_scale,
-                enable_gqa=True,
-            ).transpose(0, 1)  # fmt: skip
+                query, key, value, seen, scale=softmax_scale, enable_gqa=True
+            ).transpose(0, 1)
 
     return attend
 
@@ -215,7 +218,7 @@ def prompt_lengths_told() -> tuple[list, list, None]:
 
     lengths = [[5, 7], [9, 4]]
     runner = SimpleNamespace(
-        input_batch=SimpleNamespace(num_prompt_tokens_cpu_tensor=torch.tensor(lengths[0]))
+        input_batch=SimpleNamespace(num_tokens_no_spec_cpu_tensor=torch.tensor(lengths[0]))
     )
     batch = SimpleNamespace(prefill_len_np=np.array(lengths[1]))
     with (
@@ -531,9 +534,11 @@ def _rows(worker) -> tuple[int, int] | None:
     return max(counts, default=None)
 
 
-def as_drafts(model: Path, **options) -> tuple[list[list[bool]], list[str]]:
-    """Which layers select, told to the builder in their order and against it; and why a builder is
-    refused if these are a draft's, beyond the window, and within it with a scope of their own."""
+def as_drafts(model: Path, **options) -> tuple[list[list[bool]], list[tuple], list[str]]:
+    """Which layers select, told to the builder in their order and against it; whether prompts go to
+    FlashAttention, and if the scope is that of a prompt's end, for a target and for a draft; and
+    why a builder is refused if these are a draft's, beyond the window, and within it with a scope
+    of their own."""
     from vllm import LLM
 
     llm = LLM(model=str(model), **(DEFAULTS | options))
@@ -543,7 +548,9 @@ def as_drafts(model: Path, **options) -> tuple[list[list[bool]], list[str]]:
     return found
 
 
-def _as_drafts(worker) -> tuple[list[list[bool]], list[str]]:
+def _as_drafts(worker) -> tuple[list[list[bool]], list[tuple], list[str]]:
+    import torch
+
     runner = worker.model_runner
     (group,) = (group for groups in runner.attn_groups for group in groups)
     build, (builder, *_) = group.backend.get_builder_cls(), group.metadata_builders
@@ -555,6 +562,12 @@ def _as_drafts(worker) -> tuple[list[list[bool]], list[str]]:
         return [layer.impl.selects for layer in layers.values()]
 
     orders = [selecting(names) for names in (list(layers), list(layers)[::-1])]
+    builder.has_flash_attention = True
+    prompt_lens = torch.tensor([100, 50], dtype=torch.int32)
+    with told_prompt_lengths(prompt_lens):
+        of_target = _built(builder, prompt_lens, prompt_lens)
+    # a draft's first pass has a token more than the host is told
+    kinds = [of_target, _built(builder, prompt_lens + 1, prompt_lens)]
     errors = []
     for length in (config.model_config.max_model_len, 512):
         config.model_config.max_model_len = length
@@ -565,7 +578,35 @@ def _as_drafts(worker) -> tuple[list[list[bool]], list[str]]:
             selecting(list(layers))
         except ValueError as error:
             errors.append(str(error))
-    return orders, errors
+    return orders, kinds, errors
+
+
+@contextlib.contextmanager
+def told_prompt_lengths(lengths) -> Iterator[None]:
+    """As while a runner builds the metadata of a step."""
+    from vllm_reattention import compat
+
+    token = compat._prompt_lengths.set(lengths)
+    try:
+        yield
+    finally:
+        compat._prompt_lengths.reset(token)
+
+
+def _built(builder, lengths, known) -> tuple[bool, bool]:
+    """For a step of whole prompts, of which the host knows these lengths."""
+    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    tokens, most = int(lengths.sum()), int(lengths.max())
+    table = torch.zeros((2, 8), dtype=torch.int32)
+    step = CommonAttentionMetadata(
+        starts, starts, lengths, 2, tokens, most, most, table, torch.zeros(tokens),
+        seq_lens_cpu_upper_bound=known,
+    )  # fmt: skip
+    built = builder._build(step)
+    return built.dense is not None, built.scope == builder.scope.of_tail
 
 
 def _wrapped(rotary):

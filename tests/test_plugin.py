@@ -270,15 +270,16 @@ TURNED = dict(head_size=80, rotary_dim=32, interleaved=True, query_scale=1.4)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("turned", [{}, TURNED], ids=["whole", "partial"])
-def test_parts_of_prompts_are_read_from_their_pages(turned, fp8):
+def test_parts_of_prompts_are_read_from_their_pages(turned, window, fp8):
     """And attended to as the reference does it, by what stands in for FlashAttention."""
     pytest.importorskip("vllm")
     from vllm_reattention.backend import ReAttentionImpl
 
     dtype = torch.float16 if torch.cuda.is_available() else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scope = Scope(1, 4, 3, 40)
+    scope = Scope(0, 0, 0, 0, window=window) if window else Scope(1, 4, 3, 40)
     case = Case(contexts=(100, 40, 70), queries=(30, 40, 7), scope=scope, **turned)
     inputs = case.build(dtype, device, torch.float8_e4m3fn if fp8 else None)
     if fp8:
@@ -293,7 +294,7 @@ def test_parts_of_prompts_are_read_from_their_pages(turned, fp8):
     on_device = starts.to(device), starts, lengths.to(device), lengths
     prompts = dense_prompts(*on_device, 0, 640, inputs.block_table, case.block_size, 300)
     impl = SimpleNamespace(
-        rotary=inputs.rotary, scale=inputs.scale, window=0, soft_cap=0.0, sinks=None,
+        rotary=inputs.rotary, scale=inputs.scale, window=window, soft_cap=0.0, sinks=None,
         flash_attention=engines.flash_attention(),
     )  # fmt: skip
     out = torch.full_like(inputs.query, torch.nan)
@@ -487,7 +488,7 @@ def test_the_profile_run_tries_as_many_tiles_as_a_step_can_have(news):
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
-    """The blocks of its last 128 tokens, or what of these there is, and no token behind it."""
+    """At least its last 97 tokens, as whole blocks, or what of these there is; none behind it."""
     prompts = [1000, 1024, 1025, 40, 300, 700]
     done, found = [0] * len(prompts), [[] for _ in prompts]
     for new in ([1000, 1000, 100, 40, 30, 700], [0, 24, 925, 0, 270, 50]):
@@ -502,7 +503,8 @@ def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
             found[request - 1] += range(position, position + length)
         done = [a + b for a, b in zip(done, new, strict=True)]
     for prompt, positions in zip(prompts, found, strict=True):
-        first = ((prompt - 1) // block_size + 1) * block_size - max(128, block_size)
+        count = {32: 4, 64: 3, 128: 2}[block_size]
+        first = ((prompt - 1) // block_size + 1 - count) * block_size
         assert sorted(positions) == list(range(max(first, 0), prompt))
 
 

@@ -286,9 +286,11 @@ def test_what_cannot_be_served_is_refused(name, options, message, folder, engine
 
 def test_a_draft_on_our_backend_is_in_order_or_refused(folder, engine):
     """Model runner V2 gives a draft its target's backend, and names its layers in any order."""
-    options = dict(additional_config={"reattention": dict(select_every=2)})
-    (forward, backward), errors = engine(engines.as_drafts, make("llama", folder), **options)
+    options = dict(additional_config={"reattention": SIZES | dict(select_every=2)})
+    run = engine(engines.as_drafts, make("llama", folder), **options)
+    (forward, backward), (of_target, of_draft), errors = run
     assert forward == backward and forward[:2] == [True, False]
+    assert of_target == (True, False) and of_draft == (False, True)
     beyond, within = errors
     assert "must be of one model on reattention beyond the trained window" in beyond
     assert "a draft model must have the trained window of its target" in within

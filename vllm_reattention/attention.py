@@ -107,8 +107,8 @@ def select_for_tail(
 ) -> Tensor:
     """The same for tiles of a Tail, which are few: from all keys, with no candidates before.
 
-    shared  what is recalled for these tiles as for all others, as `select` returns it. Of it the
-            best are recalled, by this layer's shares, and beside them the best of all.
+    shared  what `select` returns for them, of this layer or one before. Of it the best are
+            recalled, by this layer's shares, and beside them the best of all.
     """
     stage = stage or stages(query.device)
     given = (query, pages, block_table, selecting(tiles), scope, rotary, scale, soft_cap)

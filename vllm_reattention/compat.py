@@ -210,7 +210,8 @@ def tell_prompt_lengths() -> None:
         setattr(owner, name, told)
 
     def of_runner(runner, *args, **kwargs) -> torch.Tensor:
-        return runner.input_batch.num_prompt_tokens_cpu_tensor
+        # what is computed before the next token: of a request that resumes, its answer, too
+        return runner.input_batch.num_tokens_no_spec_cpu_tensor
 
     def of_batch(state, input_batch, *args, **kwargs) -> torch.Tensor:
         return torch.from_numpy(input_batch.prefill_len_np)

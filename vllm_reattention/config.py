@@ -191,7 +191,8 @@ class ReAttentionConfig:
         halves = recall > 0 and half >= READ_LEAST
         read_local = self.read_local_size
         if read_local is None:
-            read_local = min(max(whole(local // 4), 2 * block_size), local) if halves else local
+            least = max(whole(local // 4), 2 * block_size, half - first - recall)
+            read_local = min(least, local) if halves else local
         read = self.read_recall_size
         if read is None:
             read = min(max(half - first - read_local, block_size), recall) if halves else recall

@@ -193,13 +193,15 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             step, self.reorder_batch_threshold
         )
         tiles, starts = [], step.query_start_loc
+        # None for a draft, of which the host's lengths may also be too short
+        prompt_lens = compat.prompt_lengths()
         if num_decode_tokens:
             self._mark_generated(step, num_decodes)
             decoded = starts[: num_decodes + 1], step.seq_lens[:num_decodes]
             tiles.append(self.decode.fill(*decoded, num_decode_tokens))
         max_blocks = -(-step.max_seq_len // self.block_size)
         table, dense = step.block_table_tensor[:, :max_blocks], None
-        if num_prefills and self.has_flash_attention:
+        if num_prefills and self.has_flash_attention and prompt_lens is not None:
             dense_limit = self.scope.dense_blocks * self.block_size
             dense = dense_prompts(
                 starts,
@@ -221,19 +223,19 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         selects = self.weight and max_blocks > self.scope.dense_blocks
         memories = self._memories() if selects else None
         flags = self.is_generated[:num_decode_tokens]
-        tail = None
-        if num_prefills and dense is None and selects:
-            tiles[-1], tail = self._split_tail(step, tiles[-1], num_decodes)
+        tail, scope = None, self.scope
+        if prompt_lens is None:  # any tile may be at an end
+            scope = scope.of_tail
+        elif num_prefills and dense is None and selects:
+            tiles[-1], tail = self._split_tail(step, tiles[-1], num_decodes, prompt_lens)
         if tail is not None and memories is not None:
             tail = tail._replace(memory=memories.of_layers(tail.tiles, table))
-        return ReAttentionMetadata(self.scope, tiles, table, dense, memories, flags, tail)
+        return ReAttentionMetadata(scope, tiles, table, dense, memories, flags, tail)
 
     def _split_tail(
-        self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int
+        self, step: CommonAttentionMetadata, tiles: Tiles, num_decodes: int, told: Tensor
     ) -> tuple[Tiles, Tail | None]:
-        told, seq_lens = compat.prompt_lengths(), step.seq_lens_cpu_upper_bound
-        if told is None:  # of a draft
-            return tiles, None
+        seq_lens = step.seq_lens_cpu_upper_bound
         # a copy: the runner may write the next step's before the device has read this one's
         prompt_lens = torch.zeros(len(step.seq_lens), dtype=torch.int32)
         prompt_lens[: len(told)] = told[: len(prompt_lens)]

@@ -100,7 +100,10 @@ class Plan:
         block, scope, shape = compat.BLOCK_SIZES[0], self.scope.of_tail, self.shape
         max_blocks = -(-self.max_model_len // block)
         heads = shape.num_heads // self.gpus
-        turned = CHUNK * (heads + self.kv_heads) * shape.head_size * shape.dtype_size
+        # queries turned, and keys and values read, of prompts that FlashAttention gets
+        keys = CHUNK + scope.dense_blocks * block
+        turned = CHUNK * heads + 2 * keys * self.kv_heads
+        turned *= shape.head_size * shape.dtype_size
         if max_blocks <= scope.dense_blocks:
             return turned
         most = 0

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from csrc_triton.layout import Tail, Tiles
 
-TAIL = 128  # tokens of a prompt, its last, in whose tiles every layer selects; docs/choices.md
+TAIL = 97  # tokens of a prompt at least, its last, in whose tiles every layer selects
 
 
 class DecodeTiles:
@@ -91,7 +91,7 @@ def ends_here(prompt_lens: Tensor, seq_lens: Tensor, block_size: int) -> bool:
 
 
 def tail_tiles(block_size: int) -> int:
-    return max(1, TAIL // block_size)
+    return 1 + -(-(TAIL - 1) // block_size)  # the last block may have a single token
 
 
 def split_tail(
@@ -192,7 +192,8 @@ def _cached_keys(
     starts = nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     row = torch.arange(num_keys, dtype=torch.int32, device=seq_lens.device)
     request = _owner(row, starts)
-    position = (row - starts[request]).clamp_(max=block_table.shape[1] * block_size - 1)
+    most = min(max_len, block_table.shape[1] * block_size)  # rows behind the last are clamped
+    position = (row - starts[request]).clamp_(max=most - 1)
     block = position // block_size
     slots = block_table[request, block].long() * block_size + position % block_size
     return CachedKeys(starts, slots, block * block_size, max_len)
