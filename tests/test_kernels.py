@@ -708,7 +708,7 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
     monkeypatch.setattr(attention, "TAIL_FINDS", finds)
     monkeypatch.setattr(attention, "SELECTION_BYTES", 0)  # four tiles at once
     lengths = torch.tensor([600, 350], dtype=torch.int32, device=DEVICE)  # the second goes on
-    monkeypatch.setattr(tiles_module, "TAIL", 48)
+    monkeypatch.setattr(tiles_module, "TAIL", 33)
     others, tail = tiles_module.split_tail(tiles, 0, lengths, case.block_size)
     is_tail = tail.tiles.length > 0
     assert 0 < is_tail.sum() < (tiles.length > 0).sum() - 3
