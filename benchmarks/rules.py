@@ -16,8 +16,8 @@ of the trained window and nothing is left out. So the heads that do the finding 
 served      what the settings say: so each rule below but for what it says
 all         by all queries of a tile, not every fourth
 wide        with eight times as many candidates
-shared      with prompts' last tiles as all others: what one layer recalls is that of four, and
-            candidates come before their shares
+shared      with prompts' last tiles as all others: of the same scope, what one layer recalls is
+            that of four, and candidates come before their shares
 each        by every layer for itself, whatever it reads or writes
 exact       shares from every key
 mean        by the logits' mean over all distances in the scope, not without positions
