@@ -9,7 +9,7 @@ import unittest.mock
 import pytest
 import torch
 
-from csrc_triton import attend, kernels, layout, reference, refine
+from csrc_triton import attend, kernels, layout, read, reference, refine
 from csrc_triton import exact as exact_module
 from csrc_triton.layout import KEPT, Memory, Pages, Recalled, Rotary, Scope, Tiles, nothing_kept
 from tests.cases import Case
@@ -142,6 +142,25 @@ def test_read_kv(case, dtype, cache_dtype):
     ):
         assert actual.dtype == dtype and actual.is_contiguous() and len(actual) == context
         assert_as_accurate(actual, eager, exact)
+
+
+@pytest.mark.parametrize("case", [DECODE[0], DECODE[2]], ids=str)
+def test_read_kv_writes_nothing_beside_its_rows(case, monkeypatch):
+    """Of heads that a program has and the cache has not."""
+    inputs = case.build(torch.float16, DEVICE)
+    inputs.write(reference.write_kv)
+    around = []
+
+    def empty(shape, dtype, device):
+        around.append(torch.full((shape[0] + 8, *shape[1:]), 7.0, dtype=dtype, device=device))
+        return around[-1][: shape[0]]
+
+    monkeypatch.setattr(read, "torch", types.SimpleNamespace(empty=empty))
+    place = torch.zeros(3, dtype=torch.int64, device=DEVICE) + inputs.slot_mapping[0]
+    kernels.read_kv(inputs.pages, place, place.int() * 0, inputs.rotary, torch.float16)
+    assert len(around) == 2
+    for rows in around:
+        assert (rows[3:] == 7.0).all() and not (rows[:3] == 7.0).any()
 
 
 @each_selecting
