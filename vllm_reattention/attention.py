@@ -165,6 +165,7 @@ def reattention(
     recalled     what another layer recalled for these tiles, instead of a selection
     tail         other tiles, which get a selection of this layer in any case
     add_up       as `select` takes it; so are memory and stage
+    returns      what was selected for all of them, for the layers behind
     """
     stage = stage or stages(query.device)
     max_blocks, num_kv_heads = block_table.shape[1], pages.key.shape[1]

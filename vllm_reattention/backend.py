@@ -24,7 +24,7 @@ from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBu
 from vllm_reattention.pages import bytes_per_token, pages_of
 from vllm_reattention.proof import prove
 from vllm_reattention.rope import Refused, Rope, Site
-from vllm_reattention.tiles import DensePrompts, most_prefill_tiles
+from vllm_reattention.tiles import DensePrompts, most_dense_keys, most_prefill_tiles
 from vllm_reattention.warm_up import warm_up, warm_up_dense
 
 ELSEWHERE = "choose another attention backend"
@@ -341,7 +341,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             return
         block_size = compat.kernel_block_size(self.cache_config.block_size)
         scope = self.scope_of(block_size)
-        most_dense_keys = len(query) + scope.dense_blocks * block_size  # of a step
+        most_keys = most_dense_keys(len(query), scope, block_size)
         if self.window:
             scope = Scope(0, 0, 0, 0, window=self.window)
         singles = min(self.most_singles, len(query))
@@ -363,4 +363,4 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             self.sinks,
         )
         if self.flash_attention is not None:
-            warm_up_dense(query, key, cache_dtype, most_dense_keys, block_size, self.rotary)
+            warm_up_dense(query, key, cache_dtype, most_keys, block_size, self.rotary)

@@ -215,16 +215,12 @@ class ReAttentionConfig:
                 f"{trained_window} tokens, got {first} + {recall} + {local} = {total}; "
                 f"make recall_size, local_size or global_size smaller"
             )
-        if decode > recall or (recall and not decode):
-            raise ValueError(
-                f"decode_recall_size must be at most recall_size, {recall}, and 0 only with it, "
-                f"got {decode}; set decode_recall_size={min(max(decode, block_size), recall)}"
-            )
-        if read > recall or (recall and not read):
-            raise ValueError(
-                f"read_recall_size must be at most recall_size, {recall}, and 0 only with it, "
-                f"got {read}; set read_recall_size={min(max(read, block_size), recall)}"
-            )
+        for name, tokens in (("decode_recall_size", decode), ("read_recall_size", read)):
+            if tokens > recall or (recall and not tokens):
+                raise ValueError(
+                    f"{name} must be at most recall_size, {recall}, and 0 only with it, "
+                    f"got {tokens}; set {name}={min(max(tokens, block_size), recall)}"
+                )
         if read_local > local:
             raise ValueError(
                 f"read_local_size must be at most local_size, {local}, got {read_local}; "

@@ -158,7 +158,6 @@ class Case:
         if is_end:
             tail = Tail(tiles)
             recalled = select_for_tail(*common, recalled, *rest)
-        if tail is not None:
             tiles = tiles._replace(length=torch.zeros_like(tiles.length))
         reattention(self.query, pages, table, tiles, *rest, out, tail=tail)
         return recalled[0], out

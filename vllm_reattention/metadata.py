@@ -31,6 +31,7 @@ from vllm_reattention.tiles import (
     DensePrompts,
     dense_prompts,
     ends_here,
+    most_dense_keys,
     prefill_tiles,
     split_tail,
 )
@@ -110,9 +111,10 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             selects = f"{len(selecting)} of {num_layers} layers select"
             self._introduce(config.scorer, trained_window, selects, forgets)
         scheduler = vllm_config.scheduler_config
-        self.max_tokens = scheduler.max_num_batched_tokens
+        most_tokens = scheduler.max_num_batched_tokens
+        self.most_dense_keys = most_dense_keys(most_tokens, self.scope, self.block_size)
         rows = max(
-            scheduler.max_num_batched_tokens,
+            most_tokens,
             scheduler.max_num_seqs * self.reorder_batch_threshold,
             vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
@@ -202,17 +204,16 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         max_blocks = -(-step.max_seq_len // self.block_size)
         table, dense = step.block_table_tensor[:, :max_blocks], None
         if num_prefills and self.has_flash_attention and prompt_lens is not None:
-            dense_limit = self.scope.dense_blocks * self.block_size
             dense = dense_prompts(
                 starts,
                 step.query_start_loc_cpu,
                 step.seq_lens,
                 step.seq_lens_cpu_upper_bound,
                 num_decodes,
-                dense_limit,
+                self.scope.dense_blocks * self.block_size,
                 table,
                 self.block_size,
-                self.max_tokens + dense_limit,
+                self.most_dense_keys,
             )
         if num_prefills and dense is None:
             tiles.append(

@@ -109,7 +109,7 @@ class Counts:
         record["rows_selected"] += selected.sum()
         record["rows_dense"] += num_tokens.sum() - selected.sum()
         record["blocks_recalled"] += tiles[:num_decodes].sum() * scope.of(1).recall_blocks
-        record["blocks_recalled"] += tiles[num_decodes:].sum() * scope.of(2).recall_blocks
+        record["blocks_recalled"] += tiles[num_decodes:].sum() * scope.of(block_size).recall_blocks
         record["context_up_to"] += (EDGES - context[:, None]).clip(0, num_tokens[:, None]).sum(0)
         record["context_sum"] += (num_tokens * (context + seq_lens + 1) // 2).sum()
         self._tell()

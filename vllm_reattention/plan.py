@@ -15,7 +15,7 @@ from vllm_reattention import compat
 from vllm_reattention.attention import scratch_per_tile, tiles_per_run
 from vllm_reattention.config import ReAttentionConfig, described
 from vllm_reattention.pages import bytes_per_token
-from vllm_reattention.tiles import most_prefill_tiles
+from vllm_reattention.tiles import most_dense_keys, most_prefill_tiles
 
 GIB = 2**30
 CHUNK = 8192  # --max-num-batched-tokens of the command that is planned
@@ -101,7 +101,7 @@ class Plan:
         max_blocks = -(-self.max_model_len // block)
         heads = shape.num_heads // self.gpus
         # queries turned, and keys and values read, of prompts that FlashAttention gets
-        keys = CHUNK + scope.dense_blocks * block
+        keys = most_dense_keys(CHUNK, scope, block)
         turned = CHUNK * heads + 2 * keys * self.kv_heads
         turned *= shape.head_size * shape.dtype_size
         if max_blocks <= scope.dense_blocks:

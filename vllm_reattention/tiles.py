@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csrc_triton.layout import Tail, Tiles
+from csrc_triton.layout import Scope, Tail, Tiles
 
 TAIL = 97  # tokens of a prompt at least, its last, in whose tiles every layer selects
 
@@ -47,6 +47,11 @@ class DecodeTiles:
 def most_prefill_tiles(num_tokens: int, num_requests: int, block_size: int) -> int:
     """Of no step of so many does prefill_tiles make more."""
     return min(num_tokens, num_tokens // block_size + 2 * num_requests)
+
+
+def most_dense_keys(num_tokens: int, scope: Scope, block_size: int) -> int:
+    """Of no step of so many does dense_prompts read more."""
+    return num_tokens + scope.dense_blocks * block_size
 
 
 def prefill_tiles(
@@ -165,8 +170,8 @@ def dense_prompts(
         return None
     lens = query_start_loc_cpu[first_request:].diff()
     known = seq_lens_cpu[first_request:][: len(lens)]
-    are_whole = torch.equal(lens, known)
-    if int(known.max()) > dense_limit or (not are_whole and int(known.sum()) > most_keys):
+    are_whole, longest, num_keys = torch.equal(lens, known), int(known.max()), int(known.sum())
+    if longest > dense_limit or (not are_whole and num_keys > most_keys):
         return None
     rows = slice(int(query_start_loc_cpu[first_request]), int(query_start_loc_cpu[-1]))
     starts = query_start_loc[first_request:] - rows.start
@@ -177,7 +182,7 @@ def dense_prompts(
         theirs = seq_lens[first_request:][: len(lens)]
         position += (theirs - starts.diff())[prompt]
         table = block_table[first_request:]
-        keys = _cached_keys(theirs, int(known.sum()), int(known.max()), table, block_size)
+        keys = _cached_keys(theirs, num_keys, longest, table, block_size)
     return DensePrompts(rows, starts, position, int(lens.max()), keys)
 
 
