@@ -121,6 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None
     parser.add_argument("--chunk", type=int, default=8192, help="tokens in one scheduler step")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument(
         "--kv-cache-memory-bytes", type=int, help="not all that is left: engines can share a GPU"
@@ -136,6 +137,7 @@ def arguments(options: argparse.Namespace) -> dict[str, Any]:
         "max_num_batched_tokens": options.chunk,
         "enforce_eager": options.enforce_eager,
         "kv_cache_dtype": options.kv_cache_dtype,
+        "tensor_parallel_size": options.tensor_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
     }

@@ -15,11 +15,13 @@ def version(package: str) -> str:
         return "-"
 
 
-def stamp() -> dict[str, str]:
+def stamp(gpus: int = 1) -> dict[str, str]:
     """Machine, versions and commit: what a row needs to be believed."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if gpus > 1:
+        gpu = f"{gpus} x {gpu}"
     return {
         "gpu": gpu,
         "torch": torch.__version__,

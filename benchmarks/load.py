@@ -351,7 +351,8 @@ def main() -> int:
             prompts.make_tokenizer(Path(folder), config["vocab_size"])
             chosen["load_format"] = "dummy"
         model = str(options.model or folder)
-        about = {"model": options.shape or Path(model).name} | harness.stamp()
+        about = {"model": options.shape or Path(model).name}
+        about |= harness.stamp(options.tensor_parallel_size)
         for name in options.provider:
             room = max(options.long, max(QUESTION_LENGTHS)) + options.output
             provider = engines.Provider(name, model, room, options.settings)

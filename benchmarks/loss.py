@@ -188,7 +188,8 @@ def main() -> None:
     if options.lengths:
         novel, _ = Prompts(options.model).haystack(novel_text())
         ends = text_ends(len(novel), max(options.lengths), options.texts)
-        stamp, before = harness.stamp(), len(harness.read(TABLE)) if TABLE.exists() else 0
+        stamp = harness.stamp(options.tensor_parallel_size)
+        before = len(harness.read(TABLE)) if TABLE.exists() else 0
         try:
             engines.each_provider(run_lengths, options, 0, ends, options, stamp)
         finally:

@@ -211,12 +211,13 @@ def main() -> None:
     options.deadline = time.time() + options.budget
     options.lengths.sort()
 
+    stamp = harness.stamp(options.tensor_parallel_size)
     if options.compare_logprobs:
-        run_logprobs(options, harness.stamp())
+        run_logprobs(options, stamp)
     elif options.agree:
-        run_agreement(options, harness.stamp())
+        run_agreement(options, stamp)
     elif options.lengths:
-        engines.each_provider(run_grid, options, ROOM, options, harness.stamp())
+        engines.each_provider(run_grid, options, ROOM, options, stamp)
     if options.plot:
         draw(options)
 

@@ -178,7 +178,8 @@ def main() -> None:
 
     if options.lengths:
         refuse_lengths(options)
-        stamp, before = harness.stamp(), len(harness.read(TABLE)) if TABLE.exists() else 0
+        stamp = harness.stamp(options.tensor_parallel_size)
+        before = len(harness.read(TABLE)) if TABLE.exists() else 0
         try:
             engines.each_provider(run_grid, options, 0, options, stamp)
         finally:

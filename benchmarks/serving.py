@@ -9,6 +9,7 @@ steps in which every request decodes. Both providers run in one command, an engi
 
 Peak memory is what torch allocated at most in that time, with a KV cache that holds these requests
 and no more (the engine's own takes what it may have). CUDA's context and graphs are not in it.
+Under tensor parallelism it is that of the first GPU; the KV cache, too.
 """
 
 import argparse
@@ -179,7 +180,7 @@ def run(options: argparse.Namespace) -> None:
         "disable_log_stats": False,
     }
     is_fp8 = options.kv_cache_dtype.startswith("fp8")
-    shared = harness.stamp() | {
+    shared = harness.stamp(options.tensor_parallel_size) | {
         "figure": "serving",
         "heads": config["num_attention_heads"],
         "kv_heads": config["num_key_value_heads"],
@@ -208,7 +209,8 @@ def plot() -> None:
     for row in harness.read(TABLE):
         if row["batch"] == "1":
             cache = ", fp8 KV" if row["dtype"].startswith("float8") else ""
-            line = row["metric"], f"{names[row['heads']]}{cache}", row["provider"]
+            gpus = f", {row['gpu'].split()[0]} GPUs" if " x " in row["gpu"] else ""
+            line = row["metric"], f"{names[row['heads']]}{cache}{gpus}", row["provider"]
             points = newest.setdefault(line, {}).setdefault(row["commit"], {})
             points[int(row["context_len"])] = float(row["p50"]), row["gpu"]
     for line, commits in newest.items():  # not every length is measured each time
