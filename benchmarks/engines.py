@@ -49,7 +49,7 @@ class Provider(NamedTuple):
         if self.name == "streaming":
             local = read_local = recall + local
             recall = decode = read = 0
-        blocks = scope.global_blocks, local, recall, decode, read, read_local, scope.dense_blocks
+        blocks = scope.global_blocks, local, recall, decode, read, read_local, scope.exact_blocks
         sizes = (number * BLOCK_SIZE for number in blocks)
         selects = config.layers_per_selection(layers)
         if config.select_layers is not None:

@@ -170,10 +170,12 @@ class Problem:
         if new == 1:
             rows = torch.arange(self.batch, device="cuda", dtype=torch.int32)
             ones = torch.ones_like(rows)
-            return Tiles(rows, rows, ones, ones * (context - 1), 1)
+            dense = ones * SCOPE.dense_blocks
+            return Tiles(rows, rows, ones, ones * (context - 1), dense, 1)
         rows = torch.arange(0, new, BLOCK_SIZE, device="cuda", dtype=torch.int32)
         full = torch.full_like(rows, BLOCK_SIZE)
-        return Tiles(torch.zeros_like(rows), rows, full, rows + context - new, BLOCK_SIZE)
+        dense = torch.full_like(rows, SCOPE.dense_blocks)
+        return Tiles(torch.zeros_like(rows), rows, full, rows + context - new, dense, BLOCK_SIZE)
 
     def ours(self) -> None:
         recalled = None

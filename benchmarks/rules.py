@@ -100,7 +100,10 @@ class Study:
         """Begins a request that writes at most `room` tokens, and reads all but the question."""
         config = ReAttentionConfig(**settings)
         layers = self.model.config.num_hidden_layers
-        self.scope = config.resolve(self.window, BLOCK_SIZE, layers)
+        scope = config.resolve(self.window, BLOCK_SIZE, layers)
+        if len(tokens) <= scope.exact_blocks * BLOCK_SIZE:
+            scope = scope._replace(dense_blocks=scope.exact_blocks)
+        self.scope = scope
         self.chosen = config.selecting_layers(layers)
         self.layers, self.length, self.tokens = {}, 0, tokens
         self.room, blocks = room, -(-(len(tokens) + room) // BLOCK_SIZE)
@@ -180,9 +183,11 @@ class Study:
         lens = torch.tensor([self.length + new], dtype=torch.int32, device=self.device)
         if new == 1:
             zero = lens.new_zeros(1)
-            tiles = Tiles(zero, zero, lens.new_ones(1), lens - 1, 1)
+            dense = lens.new_full((1,), self.scope.dense_blocks)
+            tiles = Tiles(zero, zero, lens.new_ones(1), lens - 1, dense, 1)
         else:
-            tiles = prefill_tiles(starts.to(self.device), starts, lens, 0, BLOCK_SIZE)
+            place = starts.to(self.device), starts, lens, 0
+            tiles = prefill_tiles(*place, BLOCK_SIZE, self.scope.dense_blocks)
         tiles, tail = self._split_tail(tiles) if new > 1 else (tiles, None)
         out = torch.empty_like(query)
         heads, width = query.shape[1], self.table.shape[1]
@@ -218,7 +223,9 @@ class Study:
     def _look(self, query: Tensor, layer: Layer, recalled: Tensor, scale: float) -> Tensor:
         """[2, num_kv_heads]: the needle's blocks in scope, and the attention on its tokens."""
         recalled = recalled.expand(-1, self.kv_heads, -1)
-        num_global, _, local = self.scope.slots(self.length // BLOCK_SIZE, BLOCK_SIZE)
+        num_global, _, local = self.scope.slots(
+            self.length // BLOCK_SIZE, self.scope.dense_blocks, BLOCK_SIZE
+        )
         inside = (recalled[0][:, :, None] == self.blocks).any(1)
         inside |= (self.blocks < num_global) | (self.blocks >= local)
         mass = query.new_zeros(self.kv_heads, dtype=torch.float32)

@@ -43,7 +43,7 @@ def attend(
         pages.key,
         pages.value,
         block_table,
-        *tiles[:4],
+        *tiles[:5],
         recalled,
         rotary.cos_sin,
         sinks,

@@ -33,6 +33,7 @@ def attend_single_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
+    dense_ptr,
     recalled_ptr,  # [num_tiles, num_kv_heads or 1, recall_blocks]
     cos_sin_ptr,  # [num_positions, 2, half]
     sink_ptr,  # [num_heads], or null
@@ -61,7 +62,6 @@ def attend_single_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -81,8 +81,9 @@ def attend_single_kernel(
     row = tl.load(row_ptr + tile_idx)
     table_ptr = block_table_ptr + tl.load(request_ptr + tile_idx).to(tl.int64) * table_stride
     block_idx = position // BLOCK_SIZE
+    dense = tl.load(dense_ptr + tile_idx)
     num_global, num_recalled, local = tile_slots(
-        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, WINDOW
+        block_idx, dense, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, WINDOW
     )
     num_slots = num_global + num_recalled + block_idx - local + 1
     own = (num_slots - 1) * BLOCK_SIZE + position % BLOCK_SIZE

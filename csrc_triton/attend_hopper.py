@@ -273,6 +273,7 @@ def attend_hopper_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
+    dense_ptr,
     recalled_ptr,
     cos_sin_ptr,
     sink_ptr,
@@ -298,7 +299,6 @@ def attend_hopper_kernel(
     GLOBAL: gl.constexpr,
     RECALL: gl.constexpr,
     LOCAL: gl.constexpr,
-    DENSE: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     MAX_ROWS: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -325,8 +325,9 @@ def attend_hopper_kernel(
     position = gl.load(position_ptr + tile_idx)
     token = gl.load(row_ptr + tile_idx)
     block_idx = position // BLOCK_SIZE
+    dense = gl.load(dense_ptr + tile_idx)
     num_global, num_recalled, local = tile_slots(
-        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0
+        block_idx, dense, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, 0
     )
     # Nothing to do is one step that sees nothing.
     num_slots = num_global + num_recalled + block_idx - local + 1

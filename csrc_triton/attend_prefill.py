@@ -107,6 +107,7 @@ def attend_tile_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
+    dense_ptr,
     recalled_ptr,  # [num_tiles, num_kv_heads or 1, recall_blocks]
     cos_sin_ptr,  # [num_positions, 2, half]
     sink_ptr,  # [num_heads], or null
@@ -132,7 +133,6 @@ def attend_tile_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -158,8 +158,9 @@ def attend_tile_kernel(
     row_mask = row_offs < length * GROUP
     first_position = tl.load(position_ptr + tile_idx)
     block_idx = first_position // BLOCK_SIZE
+    dense = tl.load(dense_ptr + tile_idx)
     num_global, num_recalled, local = tile_slots(
-        block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, WINDOW
+        block_idx, dense, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, WINDOW
     )
     num_slots = num_global + num_recalled + block_idx - local + 1
     position = first_position + row_offs // GROUP

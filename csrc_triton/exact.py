@@ -28,6 +28,7 @@ COLUMNS = 1024
 def _row_total_kernel(
     length_ptr,  # [num_tiles]
     position_ptr,
+    dense_ptr,
     mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
     total_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS] log2
     num_listed,
@@ -36,7 +37,6 @@ def _row_total_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     EARLY: tl.constexpr,
@@ -45,7 +45,7 @@ def _row_total_kernel(
     tile_idx = tl.program_id(0).to(tl.int64)
     row_idx = tl.program_id(2)
     num_rows, selects, local = selecting_tile(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+        tile_idx, length_ptr, position_ptr, dense_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL
     )
     if (row_idx >= num_rows) | (not selects):
         return
@@ -65,6 +65,7 @@ def _row_total_kernel(
 def _highest_share_kernel(
     length_ptr,  # [num_tiles]
     position_ptr,
+    dense_ptr,
     mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
     total_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS] log2
     score_ptr,  # [num_tiles, num_kv_heads, max_blocks]
@@ -76,7 +77,6 @@ def _highest_share_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     EARLY: tl.constexpr,
@@ -86,7 +86,7 @@ def _highest_share_kernel(
     head_idx = tl.program_id(1)
     first = tl.program_id(2) * COLUMNS
     num_rows, selects, local = selecting_tile(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+        tile_idx, length_ptr, position_ptr, dense_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL
     )
     extent = tl.where(selects, local, 0)
     if (head_idx == 0) & (first == 0):
@@ -138,7 +138,7 @@ def exact_scores(
         "COLUMNS": COLUMNS,
         **early_launch(query.device),
     }
-    place = tiles.length, tiles.position, mass, total
+    place = tiles.length, tiles.position, tiles.dense, mass, total
     grid = num_tiles, num_kv_heads, max_rows
     _row_total_kernel[grid](*place, num_listed, **fixed, num_warps=4)
     grid = num_tiles, num_kv_heads, triton.cdiv(max_blocks, COLUMNS)

@@ -75,6 +75,8 @@ class Scope(NamedTuple):
     # What the tokens before found counts so much for a token that the model writes; 0: nothing is
     # remembered. For per_layer alone.
     memory: float = 0.0
+    # Requests whose prompt has no more blocks attend to everything up to so many; 0: none do
+    exact_blocks: int = 0
     per_layer: bool = False  # KV heads add their shares up and recall the same blocks
     window: int = 0  # sliding-window layers: every key of the window, exactly; no recall
     # With so many blocks before local, a prefill tile takes the softmax's denominator (which only
@@ -109,11 +111,11 @@ class Scope(NamedTuple):
     def blocks(self) -> int:
         return self.global_blocks + self.recall_blocks + self.local_blocks
 
-    def slots(self, block: int, block_size: int) -> tuple[int, int, int]:
-        """Global, recalled and first local block of a tile whose queries lie in `block`."""
+    def slots(self, block: int, dense: int, block_size: int) -> tuple[int, int, int]:
+        """Global, recalled and first local block of a tile (Tiles.dense) that lies in `block`."""
         if self.window:
             return 0, 0, max(block * block_size - self.window + 1, 0) // block_size
-        if block < self.dense_blocks:
+        if block < dense:
             return 0, 0, 0
         return self.global_blocks, self.recall_blocks, block - self.local_blocks + 1
 
@@ -125,12 +127,14 @@ class Tiles(NamedTuple):
     row       [num_tiles] int32, first row in `query`
     length    [num_tiles] int32, number of queries; 0: nothing to do
     position  [num_tiles] int32, absolute position of the first query
+    dense     [num_tiles] int32, a tile in a block before this one attends to everything
     """
 
     request: Tensor
     row: Tensor
     length: Tensor
     position: Tensor
+    dense: Tensor
     max_length: int  # at most block_size; 1 for decode
     step: int = 1  # from one of its queries to the next, in rows; stages that select take any
 
@@ -141,6 +145,7 @@ class Tiles(NamedTuple):
             row=self.row[some],
             length=self.length[some],
             position=self.position[some],
+            dense=self.dense[some],
         )
 
     def every(self, step: int) -> "Tiles":
@@ -150,8 +155,13 @@ class Tiles(NamedTuple):
         length = (self.length + step - 1) // step
         skipped = (self.length - 1).clamp(min=0) % step * self.step
         row, position = self.row + skipped, self.position + skipped
-        max_length = -(-self.max_length // step)
-        return Tiles(self.request, row, length, position, max_length, step * self.step)
+        return self._replace(
+            row=row,
+            length=length,
+            position=position,
+            max_length=-(-self.max_length // step),
+            step=step * self.step,
+        )
 
 
 class Memory(NamedTuple):

@@ -24,17 +24,17 @@ def source_channel(channel_offs, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
 @triton.jit
 def tile_slots(
     block_idx,
+    dense,
     BLOCK_SIZE: tl.constexpr,
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     """Scope.slots: global, recalled and first local block of the tile in block_idx."""
-    num_global = tl.where(block_idx < DENSE, 0, GLOBAL)
-    num_recalled = tl.where(block_idx < DENSE, 0, RECALL)
-    local = tl.where(block_idx < DENSE, 0, block_idx - LOCAL + 1)
+    num_global = tl.where(block_idx < dense, 0, GLOBAL)
+    num_recalled = tl.where(block_idx < dense, 0, RECALL)
+    local = tl.where(block_idx < dense, 0, block_idx - LOCAL + 1)
     if WINDOW > 0:
         num_global = tl.zeros_like(num_global)
         num_recalled = tl.zeros_like(num_recalled)
@@ -44,13 +44,14 @@ def tile_slots(
 
 @triton.jit
 def selecting_tile(
-    tile_idx, length_ptr, position_ptr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    GLOBAL: tl.constexpr, RECALL: tl.constexpr, LOCAL: tl.constexpr, DENSE: tl.constexpr,
+    tile_idx, length_ptr, position_ptr, dense_ptr, GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GLOBAL: tl.constexpr, RECALL: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """A tile's rows, whether it selects, and its first local block."""
     num_rows = tl.load(length_ptr + tile_idx) * GROUP
     block_idx = tl.load(position_ptr + tile_idx) // BLOCK_SIZE
-    _, num_recalled, local = tile_slots(block_idx, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE, 0)
+    dense = tl.load(dense_ptr + tile_idx)
+    _, num_recalled, local = tile_slots(block_idx, dense, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, 0)
     return num_rows, (num_rows > 0) & (num_recalled > 0), local
 
 
@@ -96,7 +97,6 @@ def slot_sizes(scope: Scope) -> dict[str, int]:
         "GLOBAL": scope.global_blocks,
         "RECALL": scope.recall_blocks,
         "LOCAL": scope.local_blocks,
-        "DENSE": scope.dense_blocks,
     }
 
 

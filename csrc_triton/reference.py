@@ -185,8 +185,8 @@ def _score_all(
     wide = torch.promote_types(query.dtype, torch.float32)
     score = query.new_full((num_tiles, num_kv_heads, max_blocks), -1.0, dtype=wide)
     extent = tiles.row.new_zeros(num_tiles)
-    for tile, (request, row, length, position) in enumerate(_rows(tiles)):
-        num_global, num_recalled, local = scope.slots(position // block_size, block_size)
+    for tile, (request, row, length, position, dense) in enumerate(_rows(tiles)):
+        num_global, num_recalled, local = scope.slots(position // block_size, dense, block_size)
         if not length or not num_recalled:
             continue
         q = _tile_query(query, row, length, num_kv_heads, rotary, tiles.step) * scale
@@ -232,8 +232,8 @@ def refine_scores(
     candidates = candidates.expand(-1, num_kv_heads, -1)
     count = candidates.shape[-1]
     score = torch.full(candidates.shape, -1.0, dtype=wide, device=device)
-    for tile, (request, row, length, position) in enumerate(_rows(tiles)):
-        num_global, num_recalled, local = scope.slots(position // block_size, block_size)
+    for tile, (request, row, length, position, dense) in enumerate(_rows(tiles)):
+        num_global, num_recalled, local = scope.slots(position // block_size, dense, block_size)
         if not length or not num_recalled:
             continue
         q = _tile_query(query, row, length, num_kv_heads, rotary, tiles.step) * scale
@@ -308,11 +308,11 @@ def attend(
     heads = torch.arange(num_kv_heads, device=query.device)[:, None]
     offset = torch.arange(block_size, device=query.device)
     recalled = recalled.expand(-1, num_kv_heads, -1)
-    for tile, (request, row, length, position) in enumerate(_rows(tiles)):
+    for tile, (request, row, length, position, dense) in enumerate(_rows(tiles)):
         if not length:
             continue
         last = position // block_size
-        num_global, num_recalled, local = scope.slots(last, block_size)
+        num_global, num_recalled, local = scope.slots(last, dense, block_size)
         fixed = torch.arange(last + 1, device=query.device).expand(num_kv_heads, -1)
         named = recalled[tile, :, :num_recalled].long().clamp(min=0)  # scores of nan recall nothing
         slots = torch.cat((fixed[:, :num_global], named, fixed[:, local:]), 1)
@@ -347,4 +347,4 @@ def attend(
 
 
 def _rows(tiles: Tiles):
-    return zip(*(column.tolist() for column in tiles[:4]), strict=True)
+    return zip(*(column.tolist() for column in tiles[:5]), strict=True)

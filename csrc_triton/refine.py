@@ -61,6 +61,7 @@ def _key_mass_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
+    dense_ptr,
     candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates], or null
     cos_sin_ptr,  # [num_positions, 2, half]
     mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
@@ -85,7 +86,6 @@ def _key_mass_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     PROBES: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -103,7 +103,7 @@ def _key_mass_kernel(
     if EVERY_BLOCK:  # for tiles that the kernel launched before this one may have computed
         wait_for_previous(EARLY)
     num_rows, selects, local = selecting_tile(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+        tile_idx, length_ptr, position_ptr, dense_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL
     )
     every = _probe_distance(local, GLOBAL, PROBES)
     first_row = tl.load(row_ptr + tile_idx)
@@ -175,6 +175,7 @@ def _key_mass_kernel(
 def _refined_share_kernel(
     length_ptr,  # [num_tiles]
     position_ptr,
+    dense_ptr,
     candidate_ptr,  # [num_tiles, num_kv_heads or 1, num_candidates]
     mass_ptr,  # [num_tiles, num_kv_heads, MAX_ROWS, num_listed] log2
     score_ptr,  # [num_tiles, num_kv_heads, num_candidates]
@@ -187,7 +188,6 @@ def _refined_share_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     PROBES: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -198,7 +198,7 @@ def _refined_share_kernel(
     head_idx = tl.program_id(1)
     out_row = tile_idx * tl.num_programs(1) + head_idx
     num_rows, selects, local = selecting_tile(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+        tile_idx, length_ptr, position_ptr, dense_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL
     )
     every = _probe_distance(local, GLOBAL, PROBES)
     wait_for_previous(EARLY)
@@ -263,7 +263,7 @@ def key_mass(
         query,
         pages.key,
         block_table,
-        *tiles[:4],
+        *tiles[:5],
         candidates,
         rotary.cos_sin,
         mass,
@@ -325,6 +325,7 @@ def refine_scores(
     _refined_share_kernel[(num_tiles, num_kv_heads)](
         tiles.length,
         tiles.position,
+        tiles.dense,
         candidates,
         mass,
         score,

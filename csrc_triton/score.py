@@ -96,6 +96,7 @@ def _sum_mass_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
+    dense_ptr,
     mass_ptr,  # [num_tiles, num_kv_heads, group, max_blocks] log2, decode only
     partial_ptr,  # [num_tiles, num_kv_heads, num_rows, splits] log2
     scale,
@@ -116,7 +117,6 @@ def _sum_mass_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -134,7 +134,7 @@ def _sum_mass_kernel(
     head_idx = tl.program_id(1)
     split_idx = tl.program_id(2)
     num_rows, selects, local = selecting_tile(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+        tile_idx, length_ptr, position_ptr, dense_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL
     )
     if not selects:
         return
@@ -191,6 +191,7 @@ def _share_mass_kernel(
     row_ptr,
     length_ptr,
     position_ptr,
+    dense_ptr,
     mass_ptr,  # [num_tiles, num_kv_heads, group, max_blocks] log2, decode only
     partial_ptr,  # [num_tiles, num_kv_heads, num_rows, partials] log2
     score_ptr,  # [num_tiles, num_kv_heads, max_blocks]
@@ -214,7 +215,6 @@ def _share_mass_kernel(
     GLOBAL: tl.constexpr,
     RECALL: tl.constexpr,
     LOCAL: tl.constexpr,
-    DENSE: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -229,7 +229,7 @@ def _share_mass_kernel(
     head_idx = tl.program_id(1)
     split_idx = tl.program_id(2)
     num_rows, selects, local = selecting_tile(
-        tile_idx, length_ptr, position_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL, DENSE
+        tile_idx, length_ptr, position_ptr, dense_ptr, GROUP, BLOCK_SIZE, GLOBAL, RECALL, LOCAL
     )
     if (head_idx == 0) & (split_idx == 0):
         tl.store(extent_ptr + tile_idx, tl.where(selects, local, 0))
@@ -306,7 +306,7 @@ def score_blocks(
     partial = torch.empty((num_tiles, num_kv_heads, max_rows, splits), **fp32)
     score = torch.empty((num_tiles, num_kv_heads, max_blocks), **fp32)
     extent = torch.empty(num_tiles, dtype=torch.int32, device=query.device)
-    tensors = (query, pages.summary, block_table, *tiles[:4], mass, partial)
+    tensors = (query, pages.summary, block_table, *tiles[:5], mass, partial)
     numbers = (scale, rotary.query_scale, max_blocks)
     strides = (
         query.stride(0),

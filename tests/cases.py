@@ -26,6 +26,7 @@ class Case:
     interleaved: bool = False
     query_scale: float = 1.0
     scope: Scope = field(default_factory=lambda: Scope(1, 4, 3, 8, 8))
+    dense: tuple[int, ...] | None = None  # blocks of each request; default as the scope has it
     soft_cap: float = 0.0
     sinks: bool = False
     spread: float = 1.0  # of the queries: sharp attention
@@ -83,7 +84,8 @@ class Inputs:
         # queries are a strided view, as after a fused qkv projection
         fused = torch.randn(sum(queries) + 3, num_heads + 2, size, generator=gen) * case.spread
         self.query = fused.to(dtype).to(device)[:, :num_heads]
-        self.tiles = tiles_of(case.contexts, queries, block_size, device)
+        dense = case.dense or (case.scope.dense_blocks,) * len(blocks)
+        self.tiles = tiles_of(case.contexts, queries, dense, block_size, device)
         self.sinks = torch.randn(num_heads, generator=gen).to(device) if case.sinks else None
 
     def write(self, write_kv) -> None:
@@ -165,16 +167,16 @@ def empty_pages(num_blocks, num_kv_heads, block_size, head_size, dtype) -> Pages
     return Pages(key, value, summary)
 
 
-def tiles_of(contexts, queries, block_size, device) -> Tiles:
+def tiles_of(contexts, queries, dense, block_size, device) -> Tiles:
     """Decode: a tile a query. Else: the queries of a request that lie in one block."""
     rows, row = [], 0
-    for request, (context, count) in enumerate(zip(contexts, queries, strict=True)):
+    for request, (context, count, limit) in enumerate(zip(contexts, queries, dense, strict=True)):
         position = context - count
         while position < context:
             end = min(context, (position // block_size + 1) * block_size)
-            rows.append((request, row, end - position, position))
+            rows.append((request, row, end - position, position, limit))
             row, position = row + end - position, end
-    rows.append((0, 0, 0, 0))  # a surplus tile with nothing to do
+    rows.append((0, 0, 0, 0, 0))  # a surplus tile with nothing to do
     columns = torch.tensor(rows, dtype=torch.int32, device=device).unbind(1)
     one_each = max(queries) == 1
     return Tiles(*(c.contiguous() for c in columns), 1 if one_each else block_size)

@@ -573,7 +573,7 @@ def _as_drafts(worker) -> tuple[list[list[bool]], list[tuple], list[str]]:
         config.model_config.max_model_len = length
         for layer in layers.values():
             layer.is_draft_layer = True
-            layer.impl.scope_of = lambda _: builder.scope._replace(dense_blocks=99)
+            layer.impl.scope_of = lambda _: builder.scope._replace(exact_blocks=99)
         try:
             selecting(list(layers))
         except ValueError as error:
@@ -605,7 +605,7 @@ def _built(builder, lengths, known) -> tuple[bool, bool]:
         starts, starts, lengths, 2, tokens, most, most, table, torch.zeros(tokens),
         seq_lens_cpu_upper_bound=known,
     )  # fmt: skip
-    built = builder._build(step)
+    built = builder._build(step, builder._dense_blocks(step))
     return built.dense is not None, built.scope == builder.scope.of_tail
 
 

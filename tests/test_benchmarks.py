@@ -489,7 +489,7 @@ def test_exact_shares_are_those_that_the_stages_tell_of_all_blocks(study, highes
     heads = study.model.config.num_attention_heads
     query = torch.randn(num_tokens, heads, layer.key.shape[-1])
     starts = torch.tensor([0, num_tokens], dtype=torch.int32)
-    tiles = prefill_tiles(starts, starts, starts[1:], 0, rules.BLOCK_SIZE)
+    tiles = prefill_tiles(starts, starts, starts[1:], 0, rules.BLOCK_SIZE, scope.dense_blocks)
     tiles = attention.selecting(tiles.part(0, int((tiles.length > 0).sum())))
     assert tiles.step == 4
     exact = study._exact(query, layer.key, tiles, scope, 0.3, highest)

@@ -118,6 +118,15 @@ def test_graphs_of_either_model_runner_decode(version, module):
     assert selected == SELECTED + DECODED + last + TOKENS - 1, told.counters
 
 
+def test_prompts_up_to_the_dense_limit_are_attended_to_in_full():
+    """Beside longer ones, in the same steps and graphs: these select from half the window on."""
+    sizes = dict(global_size=32, recall_size=160, local_size=64, dense_limit=WINDOW)
+    told = start(engines.report, [ASKS], additional_config={"reattention": sizes})
+    assert said(told.answers[0])[0] == ANSWERS[0]
+    (selected,) = told.counters["reattention_rows_selected"]
+    assert selected == sum(length - 256 for length, _ in PLACES[1:]) + DECODED, told.counters
+
+
 def test_chunks_and_prefixes_without_graphs():
     """Prompts in chunks beside others that decode; and again, from what is in the cache."""
     told = start(

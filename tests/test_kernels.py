@@ -31,6 +31,7 @@ DECODE = [
     Case(contexts=(700,), scope=Scope(2, 3, 2, 20, 9), block_size=16),
     Case(contexts=(260,), rotary_dim=0, head_size=40),
     Case(contexts=(300, 190), heads=(8, 4), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
+    Case(contexts=(300, 300, 17), dense=(8, 30, 8)),
     # so many that each is split into fewer parts than the merge has lanes for
     Case(contexts=(40, 70, 300, 20, 90, 33, 150, 64, 10), heads=(2, 2), head_size=32),
 ]
@@ -47,6 +48,7 @@ PREFILL = [
     Case(contexts=(300,), queries=(18,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(190,), queries=(20,), heads=(32, 2), scope=Scope(1, 3, 2, 6, 6)),
     Case(contexts=(300, 190), queries=(40, 3), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
+    Case(contexts=(300, 300, 17), queries=(37, 40, 5), dense=(17, 8, 8)),
 ]  # fmt: skip
 if ON_GPU:
     DECODE += [
@@ -57,6 +59,8 @@ if ON_GPU:
         Case(contexts=(1500, 130), heads=(14, 2), block_size=128, scope=Scope(1, 2, 1, 4, 6)),
     ]  # fmt: skip
     PREFILL += [
+        Case(contexts=(900, 17, 900), queries=(77, 17, 33), heads=(8, 2), head_size=128,
+             block_size=32, scope=Scope(1, 6, 4, 12, 20, per_layer=True), dense=(30, 12, 12)),
         Case(contexts=(5000, 1, 31, 2049), queries=(777, 1, 31, 100), heads=(32, 8), head_size=128,
              block_size=32, scope=Scope(1, 15, 16, 32, 60)),
         Case(contexts=(900,), queries=(70,), heads=(16, 1), head_size=256, block_size=64,
@@ -550,11 +554,11 @@ def test_what_is_kept_is_what_the_next_token_knows(width):
     last = torch.tensor([3, 15, 80, 121], device=DEVICE).int() + 16 * block
     request = torch.tensor([2, 0, 3, 1], device=DEVICE).int()
     length = torch.tensor([1, 5, 0, 16], device=DEVICE).int()
-    told = Tiles(request, request, length, last + 1 - length, 16)
+    told = Tiles(request, request, length, last + 1 - length, length, 16)
     found = torch.rand(4, width, generator=gen).to(DEVICE)
     found[1, 3:] = 0.0  # fewer than are kept
     is_generated = torch.tensor([True, True, True, False], device=DEVICE)
-    again = Tiles(request, request, torch.ones_like(request), last + 1, 1)
+    again = Tiles(request, request, torch.ones_like(request), last + 1, length, 1)
     later = again._replace(position=last + 2)
     kept, known = {}, {}
     for stage in (kernels, reference):
@@ -820,9 +824,8 @@ def test_a_request_of_nan_is_alone_with_it(stage, case):
     inputs = case.build(torch.float16, DEVICE)
     inputs.write(reference.write_kv)
     given, tiles = inputs.score_args(), inputs.tiles
-    scope = inputs.case.scope
     blocks = tiles.position // case.block_size
-    tile = int((blocks >= scope.dense_blocks).nonzero()[-1])
+    tile = int((blocks >= tiles.dense).nonzero()[-1])
     row, length = int(tiles.row[tile]), int(tiles.length[tile])
     before, after = torch.full((2, *inputs.query.shape), 7.0, dtype=torch.float16, device=DEVICE)
     attention.reattention(*given, before, stage=stage)

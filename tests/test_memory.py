@@ -17,7 +17,7 @@ TABLE = torch.stack((torch.arange(1, 101), torch.arange(200, 100, -1))).int()
 
 def tiles_at(*places: tuple[int, int, int], most: int = 1) -> Tiles:
     """(request, position, length) of each tile."""
-    columns = torch.tensor([(request, 0, length, at) for request, at, length in places]).int()
+    columns = torch.tensor([(request, 0, length, at, 0) for request, at, length in places]).int()
     return Tiles(*columns.unbind(1), most)
 
 

@@ -27,10 +27,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def step(counts: metrics.Counts, requests: list[tuple[int, int]], num_decodes: int = 0) -> None:
+def step(
+    counts: metrics.Counts,
+    requests: list[tuple[int, int]],
+    num_decodes: int = 0,
+    limits: list[int] | None = None,
+) -> None:
     """requests: what each has in its cache, and its new tokens."""
     context, new = np.array(requests, dtype=np.int64).T
-    counts.add(context + new, new, num_decodes, SCOPE, BLOCK)
+    dense = np.array(limits or [DENSE] * len(requests))
+    counts.add(context + new, new, num_decodes, dense, SCOPE, BLOCK)
 
 
 def read(name: str) -> dict[tuple[str, ...], float]:
@@ -62,14 +68,15 @@ def test_counting_equals_counting_one_by_one(seed):
     num_decodes = random.randrange(4)
     requests = [(random.randrange(400), random.randrange(4)) for _ in range(num_decodes)]
     requests += [(random.randrange(300), random.randrange(300)) for _ in range(3)]
+    limits = [random.choice((DENSE, 2 * DENSE)) for _ in requests]
     counts = metrics.Counts("m", 0, 0)
-    step(counts, requests, num_decodes)
+    step(counts, requests, num_decodes, limits)
 
     selected, singles, tiles, seen = 0, 0, set(), []
     for request, (context, new) in enumerate(requests):
         for position in range(context, context + new):
             seen.append(position + 1)
-            if position // BLOCK >= DENSE // BLOCK:
+            if position >= limits[request]:
                 selected += 1
                 single = request < num_decodes
                 tiles.add((request, position if single else position // BLOCK))

@@ -188,10 +188,10 @@ def test_changelog_opens_with_this_version_and_its_vllm():
 
 def test_defaults():
     scope = ReAttentionConfig().resolve(trained_window=131072, block_size=32, num_layers=32)
-    assert scope == Scope(1, 191, 64, 256, 573, 447, 96, 111, 16, memory=0.8, per_layer=True)
+    assert scope == Scope(1, 191, 64, 256, 573, 447, 96, 111, 16, 0.8, 256, per_layer=True)
     assert [scope.of(length).candidate_blocks for length in (1, 2, 32)] == [447, 333, 333]
     scope = ReAttentionConfig().resolve(trained_window=8192, block_size=32, num_layers=30)
-    assert scope == Scope(1, 47, 16, 64, 141, 447, 24, 27, 4, memory=0.8, per_layer=True)
+    assert scope == Scope(1, 47, 16, 64, 141, 447, 24, 27, 4, 0.8, 64, per_layer=True)
     scope = ReAttentionConfig().resolve(trained_window=512, block_size=32)
     assert scope.of(32) == scope.of_tail
     assert described(scope, 32) == (
@@ -223,7 +223,7 @@ def test_defaults_fit_any_window(window, block_size):
     if window < 2 * block_size:
         return
     scope = ReAttentionConfig().resolve(window, block_size)
-    assert scope.blocks == scope.dense_blocks and scope.blocks * block_size <= window
+    assert scope.blocks == scope.dense_blocks == scope.exact_blocks <= window // block_size
 
 
 def test_a_fourth_of_the_layers_selects_but_seven_at_least():
@@ -292,7 +292,8 @@ def test_parts_of_prompts_are_read_from_their_pages(turned, window, fp8):
         torch.tensor(told, dtype=torch.int32) for told in ((0, 30, 70, 77), case.contexts)
     )
     on_device = starts.to(device), starts, lengths.to(device), lengths
-    prompts = dense_prompts(*on_device, 0, 640, inputs.block_table, case.block_size, 300)
+    limits = torch.full_like(lengths, 640)
+    prompts = dense_prompts(*on_device, 0, limits, inputs.block_table, case.block_size, 300)
     impl = SimpleNamespace(
         rotary=inputs.rotary, scale=inputs.scale, window=window, soft_cap=0.0, sinks=None,
         flash_attention=engines.flash_attention(),
@@ -349,7 +350,7 @@ def test_only_the_profile_run_warms_up(num_pages, runs, monkeypatch):
 
 def test_recalling_nothing():
     config = ReAttentionConfig(recall_size=0, local_size=480, scorer="summary")
-    scope = Scope(1, 0, 15, 16, single_recall=0, read_recall=0, read_local=15)
+    scope = Scope(1, 0, 15, 16, single_recall=0, read_recall=0, read_local=15, exact_blocks=16)
     assert config.resolve(512, 32) == scope
     config = ReAttentionConfig(recall_size=0, local_size=8160)
     assert config.resolve(32768, 32).of(32).local_blocks == 255
@@ -466,7 +467,7 @@ def rows(tiles) -> list[tuple[int, int, int]]:
 def test_prefill_tiles_cover_each_query_once():
     batch = (64, 1), (0, 100), (31, 2), (32, 32), (1000, 33), (5, 20)
     starts, lengths = requests(*batch)
-    tiles = prefill_tiles(starts, starts, lengths, 1, block_size=32)
+    tiles = prefill_tiles(starts, starts, lengths, 1, block_size=32, dense=8)
     expected = [
         (int(starts[i]) + t, i, context + t)
         for i, (context, new) in enumerate(batch)
@@ -482,7 +483,7 @@ def test_prefill_tiles_cover_each_query_once():
 @pytest.mark.parametrize("news", [[1] * 9, [2] * 9, [8] * 9, [33] * 9, [4000, 1, 2], [64]])
 def test_the_profile_run_tries_as_many_tiles_as_a_step_can_have(news):
     starts, lengths = requests(*((31, new) for new in news))
-    made = len(prefill_tiles(starts, starts, lengths, 0, block_size=32).row)
+    made = len(prefill_tiles(starts, starts, lengths, 0, block_size=32, dense=8).row)
     assert made <= most_prefill_tiles(sum(news), len(news), 32) <= sum(news)
 
 
@@ -493,7 +494,7 @@ def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
     done, found = [0] * len(prompts), [[] for _ in prompts]
     for new in ([1000, 1000, 100, 40, 30, 700], [0, 24, 925, 0, 270, 50]):
         starts, lengths = requests((5, 1), *zip(done, new, strict=True))
-        tiles = prefill_tiles(starts, starts, lengths, 1, block_size)
+        tiles = prefill_tiles(starts, starts, lengths, 1, block_size, 8)
         prompt_lens = torch.tensor([5, *prompts], dtype=torch.int32)
         others, tail = split_tail(tiles, 1, prompt_lens, block_size)
         assert ends_here(prompt_lens[1:], lengths[1:], block_size)
@@ -510,7 +511,7 @@ def test_a_tail_is_where_a_prompt_ends_wherever_steps_cut_it(block_size):
 
 def test_a_tail_has_no_more_tiles_than_its_step():
     starts, lengths = requests(*[(0, 20)] * 50)
-    tiles = prefill_tiles(starts, starts, lengths, 0, 32)
+    tiles = prefill_tiles(starts, starts, lengths, 0, 32, 8)
     others, tail = split_tail(tiles, 0, lengths, 32)
     assert len(tiles.row) == len(tail.tiles.row) == 100
     assert tail.tiles.length.sum() == 50 * 20
@@ -524,7 +525,7 @@ def test_a_step_amid_a_prompt_has_no_tail():
 
 def columns(tiles) -> list[tuple[int, int, int, int]]:
     """Row, request, length and position of each."""
-    request, row, length, position = (column.tolist() for column in tiles[:4])
+    request, row, length, position, _ = (column.tolist() for column in tiles[:5])
     return list(zip(row, request, length, position, strict=True))
 
 
@@ -532,7 +533,7 @@ def columns(tiles) -> list[tuple[int, int, int, int]]:
 def test_decode_tiles_are_single_tokens(most):
     batch = ((9, 1), (700, 1), (31, 1)) if most == 1 else ((9, 3), (700, 1), (31, 2))
     starts, lengths = requests(*batch, (0, 0), (0, 0))  # two requests only pad the batch
-    tiles = DecodeTiles(64, most, starts.device).fill(starts, lengths, num_tokens=5 + most)
+    tiles = DecodeTiles(64, most, 8, starts.device).fill(starts, lengths, num_tokens=5 + most)
     expected = [
         (int(starts[i]) + t, i, context + t)
         for i, (context, new) in enumerate(batch)
@@ -544,8 +545,8 @@ def test_decode_tiles_are_single_tokens(most):
 
 def test_decode_tiles_stay_where_they_are():
     """CUDA graphs replay what was captured with them."""
-    decode = DecodeTiles(64, 1, torch.device("cpu"))
+    decode = DecodeTiles(64, 1, 8, torch.device("cpu"))
     first = decode.fill(*requests((9, 1), (7, 1)), num_tokens=2)
     second = decode.fill(*requests((100, 1), (0, 0)), num_tokens=2)
-    assert [t.data_ptr() for t in first[:4]] == [t.data_ptr() for t in second[:4]]
+    assert [t.data_ptr() for t in first[:5]] == [t.data_ptr() for t in second[:5]]
     assert rows(first) == [(0, 0, 100)]

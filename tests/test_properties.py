@@ -51,16 +51,19 @@ def cases(draw, **fixed) -> Case:
     contexts = tuple(draw(st.lists(st.integers(1, 230), min_size=1, max_size=4)))
     queries = tuple(draw(st.integers(1, min(context, 40))) for context in contexts)
     head_size = draw(st.sampled_from((8, 24)))
+    scope = draw(scopes())
+    more = tuple(scope.dense_blocks + draw(st.integers(0, 9)) for _ in contexts)
     drawn = dict(
         contexts=contexts,
         queries=draw(st.sampled_from((None, queries))),
+        dense=draw(st.sampled_from((None, more))),
         heads=draw(st.sampled_from(((2, 2), (4, 2), (3, 1)))),
         head_size=head_size,
         rotary_dim=draw(st.sampled_from((head_size, 4, 0))),
         block_size=draw(st.sampled_from((8, 16))),
         interleaved=draw(st.booleans()),
         query_scale=draw(st.sampled_from((1.0, 1.7))),
-        scope=draw(scopes()),
+        scope=scope,
         soft_cap=draw(st.sampled_from((0.0, 3.0))),
         sinks=draw(st.booleans()),
         spread=draw(st.sampled_from((1.0, 3.0))),
@@ -124,13 +127,13 @@ def test_attention_is_ordinary_over_what_was_chosen(case):
     group = case.heads[0] // case.heads[1]
     selects = inputs.block_table.shape[1] > scope.dense_blocks and scope.recall_blocks
     recalled = attention.select(*inputs.score_args(), case.soft_cap) if selects else None
-    for tile, (request, row, length, position) in enumerate(
-        zip(*(column.tolist() for column in inputs.tiles[:4]), strict=True)
+    for tile, (request, row, length, position, dense) in enumerate(
+        zip(*(column.tolist() for column in inputs.tiles[:5]), strict=True)
     ):
         block = position // size
         for kv_head in range(case.heads[1] if length else 0):
             chosen = list(range(block + 1))
-            if not scope.window and block >= scope.dense_blocks:
+            if not scope.window and block >= dense:
                 found = recalled[tile, kv_head % recalled.shape[1]].tolist() if selects else []
                 assert found == sorted(set(found))
                 last = chosen[-scope.local_blocks :]
@@ -169,7 +172,7 @@ def test_company_does_not_matter(case):
     for request, context in enumerate(case.contexts):
         own = tiles.request == request
         zero = torch.zeros_like(tiles.request[own])
-        inputs.tiles = Tiles(zero, *(x[own] for x in tiles[1:4]), tiles.max_length)
+        inputs.tiles = Tiles(zero, *(x[own] for x in tiles[1:5]), tiles.max_length)
         inputs.block_table = table[request : request + 1, : -(-context // case.block_size)]
         alone = served(inputs)
         rows = inputs.written_rows()
@@ -270,12 +273,12 @@ def test_tiles_cover_each_query_once(batch, block_size, data):
     found = []
     if num_decodes:
         num_tokens = int(starts[num_decodes])
-        decode = DecodeTiles(64, most, CPU)
+        decode = DecodeTiles(64, most, 3, CPU)
         found += queries_of(
             decode.fill(starts[: num_decodes + 1], lengths[:num_decodes], num_tokens)
         )
     if num_decodes < len(batch):
-        found += queries_of(prefill_tiles(starts, starts, lengths, num_decodes, block_size))
+        found += queries_of(prefill_tiles(starts, starts, lengths, num_decodes, block_size, 3))
     assert found == [
         (int(starts[i]) + t, i, context + t)
         for i, (context, new) in enumerate(batch)
@@ -291,11 +294,13 @@ def test_prompts_are_dense_within_the_limit(batch, first, dense_limit, unsure, m
     lengths = torch.tensor([sum(pair) for pair in batch], dtype=torch.int32)
     known = lengths + (lengths != starts.diff()) * unsure
     table = torch.arange(len(batch) * 40, dtype=torch.int32).view(len(batch), -1).flip(1)
-    given_ = starts, starts, lengths, known, first, dense_limit, table, 16, most_keys
+    limits = torch.tensor([dense_limit * (1 + row % 2) for row in range(len(batch))])
+    given_ = starts, starts, lengths, known, first, limits, table, 16, most_keys
     dense = dense_prompts(*given_)
     prompts, theirs = batch[first:], known[first:]
     whole = all(context == 0 for context, _ in prompts)
-    fits = int(theirs.max()) <= dense_limit and (whole or int(theirs.sum()) <= most_keys)
+    fits = bool((theirs <= limits[first:]).all())
+    fits &= whole or int(theirs.sum()) <= most_keys
     assert (dense is not None) == fits
     if dense is None:
         return
@@ -318,7 +323,7 @@ def test_prompts_are_dense_within_the_limit(batch, first, dense_limit, unsure, m
     assert dense.keys.block_starts[:count].tolist() == [place // 16 * 16 for _, place in at]
     assert len(dense.keys.slots) == int(theirs.sum())
     # what is behind the last key counts for nothing, but is read and rotated
-    assert int(dense.keys.block_starts.max()) < dense.keys.max_len <= dense_limit
+    assert int(dense.keys.block_starts.max()) < dense.keys.max_len <= limits.max()
 
 
 sizes = st.one_of(st.none(), st.integers(-64, 400), st.integers(0, 300).map(lambda n: 32 * n))
@@ -358,9 +363,9 @@ def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, b
     assert (0 < decoded <= scope.recall_blocks) or decoded == scope.recall_blocks == 0
     if numbers["decode_recall_size"] is None:
         assert 2 * decoded in (scope.recall_blocks, scope.recall_blocks + 1)
-    assert scope.blocks <= scope.dense_blocks and scope.dense_blocks * block_size <= window
+    assert scope.blocks == scope.dense_blocks <= scope.exact_blocks <= window // block_size
     if numbers["dense_limit"] is None:
-        assert scope.dense_blocks == scope.blocks
+        assert scope.exact_blocks == scope.blocks
     told = SimpleNamespace(**numbers)
     for given_size, blocks in (
         (told.global_size, scope.global_blocks),
@@ -369,7 +374,7 @@ def test_sizes_resolve_or_their_refusal_leads_to_some_that_do(numbers, window, b
         (told.decode_recall_size, scope.of(1).recall_blocks),
         (told.read_recall_size, reading.recall_blocks),
         (told.read_local_size, reading.local_blocks),
-        (told.dense_limit, scope.dense_blocks),
+        (told.dense_limit, scope.exact_blocks),
     ):
         assert given_size in (None, blocks * block_size)
     assert (scope.candidate_blocks > scope.recall_blocks) == (

@@ -74,6 +74,23 @@ def test_dense_prompts_go_to_flash_attention(name, folder, engine):
     assert calls == {True, False} and counts[0][1] > 100
 
 
+def test_prompts_up_to_the_dense_limit_are_attended_to_in_full(folder, engine):
+    """Beside longer ones, which are served as if there were no such limit, in the same steps."""
+    model = make("llama", folder)
+    prompts = [LONG[0][:length] for length in (400, 700, WINDOW - 7)]
+    sizes = {"additional_config": {"reattention": SIZES | dict(dense_limit=WINDOW)}}
+    ((short, long, ending),), counts = engine(engines.generate, model, [prompts], **sizes)
+    ((_, as_ever, _),), _ = engine(engines.generate, model, [prompts], **SMALL)
+    stock, _ = engine(
+        engines.generate, model, [prompts[:1]], attention_backend="CPU_ATTN", max_model_len=WINDOW
+    )
+    assert stock == [[short]]
+    assert long == as_ever
+    assert len(ending) == 16
+    decoded = 16 - 1  # the last is not read
+    assert counts[0][0] == 700 - 192 + decoded + decoded - 7
+
+
 def test_chunks_do_not_matter(folder, engine):
     model = make("llama", folder)
     (chunked,), counts = engine(engines.generate, model, [LONG], **SMALL)

@@ -196,7 +196,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
     def _num_positions(self) -> int:
         """Positions in a scope or window, which stands anywhere in its first and last block."""
         block_size, *_, largest = compat.BLOCK_SIZES
-        dense = self.scope_of(block_size).dense_blocks * block_size
+        dense = self.scope_of(block_size).exact_blocks * block_size
         return max(dense, self.window) + 2 * largest
 
     def _shared_rotary(self, rope: Rope) -> Rotary | None:

@@ -41,8 +41,9 @@ class ReAttentionConfig:
                   tokens selected, and most recent ones, for a prompt but for its last 97 to 128
                   tokens; default half the scope if that is at least 1024 tokens, and a quarter of
                   local_size in it: what is read with less is told apart better
-    dense_limit   context length up to which a query attends to everything; default the scope,
-                  which finds more beyond it than a higher limit does
+    dense_limit   prompts up to this length, and what answers them up to there, are attended to in
+                  full; default the scope. In longer prompts everything is attended to up to the
+                  scope, whatever the limit, as more dense text at their start would cost answers
     scorer        layer: blocks are scored from their summaries, then the best candidates again from
                   their keys; the KV heads of a layer add up their scores and recall the same blocks
                   refined: the same, but each KV head recalls its own blocks
@@ -237,7 +238,7 @@ class ReAttentionConfig:
             global_blocks=first // block_size,
             recall_blocks=recalled,
             local_blocks=local // block_size,
-            dense_blocks=dense // block_size,
+            dense_blocks=total // block_size,
             candidate_blocks=candidates,
             single_candidates=max(2 * recalled, SINGLE_CANDIDATES) if candidates else 0,
             single_recall=decode // block_size,
@@ -245,6 +246,7 @@ class ReAttentionConfig:
             read_local=read_local // block_size,
             per_layer=self.scorer == "layer",
             memory=0.0 if speculates else self.remembers(num_layers),
+            exact_blocks=dense // block_size,
         )
 
 

@@ -148,9 +148,11 @@ class Case:
         slots = order[at // BLOCK] * BLOCK + at % BLOCK
         stages(where).write_kv(self.key, self.value, pages, slots, rotary)
         first = LENGTH - num_queries
-        columns = torch.tensor([[0], [0], [num_queries], [first]], dtype=torch.int32, device=where)
-        request, row, length, position = columns
-        tiles = Tiles(request, row, length, position, 1 if num_queries == 1 else BLOCK)
+        numbers = [[0], [0], [num_queries], [first], [SCOPE.dense_blocks]]
+        request, row, length, position, dense = torch.tensor(
+            numbers, dtype=torch.int32, device=where
+        )
+        tiles = Tiles(request, row, length, position, dense, 1 if num_queries == 1 else BLOCK)
         table = order.to(torch.int32)[None]
         common, rest = (self.query, pages, table, tiles), (SCOPE, rotary, self.scale)
         out = torch.full_like(self.query, torch.nan)

@@ -125,7 +125,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         impls = {name: layer.impl for name, layer in named.items()}
         self.has_flash_attention = all(impl.flash_attention is not None for impl in impls.values())
         selections = _share_selections(impls, selecting)
-        self.decode = DecodeTiles(rows, self.reorder_batch_threshold, device)
+        dense = self.scope.dense_blocks
+        self.decode = DecodeTiles(rows, self.reorder_batch_threshold, dense, device)
         self.layer, self.weight = next(iter(named.values())), 1 / selections if selections else 0.0
         self.memories: Memories | None = None
         self.is_generated = torch.ones(rows, dtype=torch.bool, device=device)
@@ -143,11 +144,11 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
-            "ReAttention: scope of %s; trained window %d, all keys up to %d, scorer %s, %s, "
-            "memory %g%s, summaries take %.1f %% of the KV cache",
+            "ReAttention: scope of %s; trained window %d, all keys for prompts up to %d, "
+            "scorer %s, %s, memory %g%s, summaries take %.1f %% of the KV cache",
             described(scope, size),
             trained_window,
-            scope.dense_blocks * size,
+            scope.exact_blocks * size,
             scorer,
             selects,
             scope.memory,
@@ -166,11 +167,12 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 "ReAttention: this vLLM does not tell how long prompts are, so their last tokens "
                 "recall what others do and questions are answered less well; docs/upgrade.md"
             )
-        metadata = self._build(common_attn_metadata)
+        dense_blocks = self._dense_blocks(common_attn_metadata)
+        metadata = self._build(common_attn_metadata, dense_blocks)
         if self.counts is not None:
             self.masses.collect(self.counts.add_shares)
             self.times.collect(self.counts.add_times)
-            selected = self._count(self.counts, common_attn_metadata)
+            selected = self._count(self.counts, common_attn_metadata, dense_blocks)
             # Not of single tokens alone: a CUDA graph replays what it captured, unwatched.
             if selected and metadata.tiles[-1].max_length > 1:
                 if self.masses.is_due:
@@ -183,24 +185,36 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> ReAttentionMetadata:
-        return self._build(common_attn_metadata)
+        return self._build(common_attn_metadata, self._dense_blocks(common_attn_metadata))
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> ReAttentionMetadata:
-        return self._build(common_attn_metadata)
+        return self._build(common_attn_metadata, self._dense_blocks(common_attn_metadata))
 
-    def _build(self, step: CommonAttentionMetadata) -> ReAttentionMetadata:
+    def _dense_blocks(self, step: CommonAttentionMetadata) -> Tensor:
+        """[num_requests] int32 on the host: in a block from this one on, each selects."""
+        scope, told = self.scope, compat.prompt_lengths()
+        dense = torch.full((len(step.seq_lens),), scope.exact_blocks, dtype=torch.int32)
+        if told is not None and scope.exact_blocks > scope.dense_blocks:
+            is_long = told[: len(dense)] > scope.exact_blocks * self.block_size
+            dense[: len(is_long)].masked_fill_(is_long, scope.dense_blocks)
+        return dense
+
+    def _build(self, step: CommonAttentionMetadata, dense_blocks: Tensor) -> ReAttentionMetadata:
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             step, self.reorder_batch_threshold
         )
         tiles, starts = [], step.query_start_loc
         # None for a draft, of which the host's lengths may also be too short
         prompt_lens = compat.prompt_lengths()
+        limits = None  # all alike
+        if self.scope.exact_blocks > self.scope.dense_blocks:
+            limits = dense_blocks.to(step.seq_lens.device, non_blocking=True)
         if num_decode_tokens:
             self._mark_generated(step, num_decodes)
             decoded = starts[: num_decodes + 1], step.seq_lens[:num_decodes]
-            tiles.append(self.decode.fill(*decoded, num_decode_tokens))
+            tiles.append(self.decode.fill(*decoded, num_decode_tokens, limits))
         max_blocks = -(-step.max_seq_len // self.block_size)
         table, dense = step.block_table_tensor[:, :max_blocks], None
         if num_prefills and self.has_flash_attention and prompt_lens is not None:
@@ -210,7 +224,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 step.seq_lens,
                 step.seq_lens_cpu_upper_bound,
                 num_decodes,
-                self.scope.dense_blocks * self.block_size,
+                dense_blocks * self.block_size,
                 table,
                 self.block_size,
                 self.most_dense_keys,
@@ -218,7 +232,12 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         if num_prefills and dense is None:
             tiles.append(
                 prefill_tiles(
-                    starts, step.query_start_loc_cpu, step.seq_lens, num_decodes, self.block_size
+                    starts,
+                    step.query_start_loc_cpu,
+                    step.seq_lens,
+                    num_decodes,
+                    self.block_size,
+                    self.scope.dense_blocks if limits is None else limits,
                 )
             )
         selects = self.weight and max_blocks > self.scope.dense_blocks
@@ -268,7 +287,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             self.is_generated[: self.marked].fill_(True)
             self.marked = 0
 
-    def _count(self, counts: Counts, step: CommonAttentionMetadata) -> int:
+    def _count(self, counts: Counts, step: CommonAttentionMetadata, dense_blocks: Tensor) -> int:
         """Returns how many query tokens select, as far as the host knows."""
         if step.seq_lens_cpu_upper_bound is None:
             logger.warning_once(
@@ -278,7 +297,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             return 0
         seq_lens, num_tokens = _host_lengths(step)
         num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
-        return counts.add(seq_lens, num_tokens, num_decodes, self.scope, self.block_size)
+        limits = dense_blocks.numpy()[: len(seq_lens)] * self.block_size
+        return counts.add(seq_lens, num_tokens, num_decodes, limits, self.scope, self.block_size)
 
 
 def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:

@@ -91,6 +91,7 @@ class Counts:
         seq_lens: np.ndarray,
         num_tokens: np.ndarray,
         num_decodes: int,
+        dense_limits: np.ndarray,
         scope: Scope,
         block_size: int,
     ) -> int:
@@ -99,10 +100,11 @@ class Counts:
         seq_lens     [num_requests] int64, with the step's tokens
         num_tokens   [num_requests] int64, of the step
         num_decodes  requests, the first, whose every token is a tile of its own
+        dense_limits [num_requests], tokens up to which each attends to everything
         """
-        context, dense_limit = seq_lens - num_tokens, scope.dense_blocks * block_size
-        selected = (seq_lens - dense_limit).clip(0, num_tokens)
-        first = np.maximum(context, dense_limit)
+        context = seq_lens - num_tokens
+        selected = (seq_lens - dense_limits).clip(0, num_tokens)
+        first = np.maximum(context, dense_limits)
         tiles = np.where(selected > 0, (seq_lens - 1) // block_size - first // block_size + 1, 0)
         tiles[:num_decodes] = selected[:num_decodes]
         record = self.record[0]

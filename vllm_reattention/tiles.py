@@ -15,33 +15,46 @@ class DecodeTiles:
     were decoded alone. CUDA graphs replay what was captured with these tensors, so they stay.
     """
 
-    def __init__(self, max_tokens: int, max_tokens_per_request: int, device: torch.device):
+    def __init__(
+        self, max_tokens: int, max_tokens_per_request: int, dense: int, device: torch.device
+    ):
         self.single = max_tokens_per_request == 1
         self.row = torch.arange(max_tokens, dtype=torch.int32, device=device)
         self.request, self.length, self.position = torch.zeros(
             3, max_tokens, dtype=torch.int32, device=device
         )
+        self.dense = torch.full_like(self.row, dense)
 
-    def fill(self, query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int) -> Tiles:
+    def fill(
+        self,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        num_tokens: int,
+        dense: Tensor | None = None,
+    ) -> Tiles:
         """The tiles of the first num_tokens rows; rows that only pad the batch get length 0.
 
         query_start_loc  [num_requests + 1] int32, first row of each request
         seq_lens         [num_requests] int32, length with the new tokens; 0: a padding request
+        dense            [num_requests] int32, as in Tiles; None: as they were made
         """
-        row, request, length, position = (
-            column[:num_tokens] for column in (self.row, self.request, self.length, self.position)
-        )
+        columns = self.row, self.request, self.length, self.position, self.dense
+        row, request, length, position, limit = (column[:num_tokens] for column in columns)
         if self.single and num_tokens <= len(seq_lens):  # the token of request i is row i
             torch.sub(seq_lens[:num_tokens], 1, out=position).clamp_(min=0)
             torch.clamp(seq_lens[:num_tokens], max=1, out=length)
-            return Tiles(row, row, length, position, max_length=1)
+            if dense is not None:
+                limit.copy_(dense[:num_tokens])
+            return Tiles(row, row, length, position, limit, max_length=1)
         ends = query_start_loc[1:]
         torch.searchsorted(ends, row, right=True, out_int32=True, out=request)
         request.clamp_(max=len(ends) - 1)
         torch.sub(seq_lens[request], ends[request] - row, out=position)
         length.copy_((row < ends[-1]) & (position >= 0))
         position.clamp_(min=0)
-        return Tiles(request, row, length, position, max_length=1)
+        if dense is not None:
+            torch.index_select(dense, 0, request, out=limit)
+        return Tiles(request, row, length, position, limit, max_length=1)
 
 
 def most_prefill_tiles(num_tokens: int, num_requests: int, block_size: int) -> int:
@@ -51,7 +64,7 @@ def most_prefill_tiles(num_tokens: int, num_requests: int, block_size: int) -> i
 
 def most_dense_keys(num_tokens: int, scope: Scope, block_size: int) -> int:
     """Of no step of so many does dense_prompts read more."""
-    return num_tokens + scope.dense_blocks * block_size
+    return num_tokens + scope.exact_blocks * block_size
 
 
 def prefill_tiles(
@@ -60,11 +73,14 @@ def prefill_tiles(
     seq_lens: Tensor,
     first_request: int,
     block_size: int,
+    dense: Tensor | int,
 ) -> Tiles:
     """One tile per block that a request's new tokens lie in, for requests from first_request on.
 
     How many blocks that are depends on where the first new token lies, which is on the device. So
     each request gets as many tiles as it could need, and a surplus one has length 0.
+
+    dense  [num_requests] int32, as in Tiles, or one number for all
     """
 
     def most_tiles(num_tokens: Tensor) -> Tensor:
@@ -83,7 +99,9 @@ def prefill_tiles(
     position = torch.maximum(context, block * block_size)
     length = (torch.minimum(seq_len, (block + 1) * block_size) - position).clamp_(min=0)
     row = starts[request] + position - context
-    return Tiles(request + first_request, row, length, position, max_length=block_size)
+    request += first_request
+    limit = torch.full_like(request, dense) if isinstance(dense, int) else dense[request]
+    return Tiles(request, row, length, position, limit, max_length=block_size)
 
 
 def ends_here(prompt_lens: Tensor, seq_lens: Tensor, block_size: int) -> bool:
@@ -124,6 +142,7 @@ def split_tail(
         row=tiles.row[tile],
         length=tiles.length[tile].masked_fill(~is_there, 0),
         position=tiles.position[tile],
+        dense=tiles.dense[tile],
     )
     return tiles._replace(length=tiles.length.masked_fill(is_last, 0)), Tail(of_tail)
 
@@ -156,14 +175,15 @@ def dense_prompts(
     seq_lens: Tensor,
     seq_lens_cpu: Tensor | None,
     first_request: int,
-    dense_limit: int,
+    limits: Tensor,
     block_table: Tensor,
     block_size: int,
     most_keys: int,
 ) -> DensePrompts | None:
-    """The requests from first_request on, if none is longer than the dense limit.
+    """The requests from first_request on, if none is longer than its limit.
 
     seq_lens_cpu  [num_requests], no less than seq_lens; None: the host does not know
+    limits        [num_requests] on the host, in tokens, up to which each attends to everything
     most_keys     of all parts of prompts together, as they are read into memory of their own
     """
     if seq_lens_cpu is None:
@@ -171,7 +191,8 @@ def dense_prompts(
     lens = query_start_loc_cpu[first_request:].diff()
     known = seq_lens_cpu[first_request:][: len(lens)]
     are_whole, longest, num_keys = torch.equal(lens, known), int(known.max()), int(known.sum())
-    if longest > dense_limit or (not are_whole and num_keys > most_keys):
+    theirs = limits[first_request:][: len(lens)]
+    if bool((known > theirs).any()) or (not are_whole and num_keys > most_keys):
         return None
     rows = slice(int(query_start_loc_cpu[first_request]), int(query_start_loc_cpu[-1]))
     starts = query_start_loc[first_request:] - rows.start

@@ -37,7 +37,7 @@ def warm_up(
     for max_length, counts in tile_counts.items():
         for num_tiles in counts:
             nothing = torch.zeros(num_tiles, dtype=torch.int32, device=device)
-            tiles = Tiles(nothing, nothing, nothing, nothing, max_length)
+            tiles = Tiles(nothing, nothing, nothing, nothing, nothing, max_length)
             memories = Memories(1, block_size, scope.memory, 1.0, device)
             is_generated = nothing > 0 if max_length == 1 else None
             for width in _widths(max_blocks, scope):
