@@ -59,8 +59,6 @@ if ON_GPU:
         Case(contexts=(1500, 130), heads=(14, 2), block_size=128, scope=Scope(1, 2, 1, 4, 6)),
     ]  # fmt: skip
     PREFILL += [
-        Case(contexts=(900, 17, 900), queries=(77, 17, 33), heads=(8, 2), head_size=128,
-             block_size=32, scope=Scope(1, 6, 4, 12, 20, per_layer=True), dense=(30, 12, 12)),
         Case(contexts=(5000, 1, 31, 2049), queries=(777, 1, 31, 100), heads=(32, 8), head_size=128,
              block_size=32, scope=Scope(1, 15, 16, 32, 60)),
         Case(contexts=(900,), queries=(70,), heads=(16, 1), head_size=256, block_size=64,
@@ -77,6 +75,8 @@ if ON_GPU:
              interleaved=True, query_scale=1.4),
         Case(contexts=(900,), queries=(150,), heads=(8, 2), head_size=128, block_size=64,
              spread=4.0, scope=Scope(1, 3, 2, 6, 6)),
+        Case(contexts=(900, 17, 900), queries=(77, 17, 33), heads=(8, 2), head_size=128,
+             block_size=32, scope=Scope(1, 6, 4, 12, 20, per_layer=True), dense=(30, 12, 12)),
     ]  # fmt: skip
 selecting = [case for case in DECODE + PREFILL if not case.scope.window]
 every = pytest.mark.parametrize("case", DECODE + PREFILL, ids=str)
@@ -335,7 +335,8 @@ def test_hopper_takes_full_tiles_and_leaves_the_rest(cache_dtype, monkeypatch):
             patch.setattr(attend, "attend_tile_kernel", plain)
             inputs.attend(kernels.attend, inputs.recalled())
             taken.append(not plain.__getitem__.called)
-    assert taken[10] and taken[13:] == [True] * 5  # Llama's heads and those listed behind
+    llama = next(index for index, case in enumerate(PREFILL) if case.heads == (32, 8))
+    assert taken[llama] and taken[llama + 3 :] == [True] * 6  # and those listed behind
     assert not any(taken[3:8])  # odd sizes, partial rotary, soft cap, window
 
 
@@ -397,14 +398,18 @@ def test_random_batches(case):
 
 
 def random_batch(case: Case, seed: int) -> Case:
-    """Other requests: as many as five, of up to 40 blocks, and queries in up to four of them."""
+    """Other requests: as many as five, of up to 40 blocks, and queries in up to four of them.
+
+    Where some attend to more than others, any of them may.
+    """
     rng = random.Random(f"{case} {seed}")
     size = case.block_size
     contexts = tuple(rng.randint(1, 40 * size) for _ in range(rng.randint(1, 5)))
     queries = None
     if case.queries is not None:
         queries = tuple(rng.randint(1, min(context, 3 * size)) for context in contexts)
-    return dataclasses.replace(case, contexts=contexts, queries=queries, seed=seed)
+    dense = case.dense and tuple(rng.choice(case.dense) for _ in contexts)
+    return dataclasses.replace(case, contexts=contexts, queries=queries, dense=dense, seed=seed)
 
 
 def run_stages(case: Case) -> None:
