@@ -543,6 +543,22 @@ def test_decode_tiles_are_single_tokens(most):
     assert len(tiles.row) == 5 + most
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_tiles_know_what_their_request_attends_to_in_full(most):
+    """Single tokens, tiles of prompts from the third request on, and those of them in a tail."""
+    batch = (9, 1), (700, most), (31, 100), (640, 200)
+    starts, lengths = requests(*batch)
+    dense = torch.tensor([8, 16, 24, 32], dtype=torch.int32)
+    singles = DecodeTiles(64, most, 8, starts.device).fill(starts[:3], lengths[:2], 1 + most, dense)
+    assert singles.dense.tolist() == [8, *most * [16]]
+    prompts = prefill_tiles(starts, starts, lengths, 2, 32, dense)
+    rest, tail = split_tail(prompts, 2, lengths, 32)
+    for tiles in (prompts, rest, tail.tiles):
+        assert tiles.length.sum() > 0
+        assert tiles.dense.tolist() == dense[tiles.request].tolist()
+        assert tiles.part(1, 3).every(4).dense.tolist() == tiles.dense[1:3].tolist()
+
+
 def test_decode_tiles_stay_where_they_are():
     """CUDA graphs replay what was captured with them."""
     decode = DecodeTiles(64, 1, 8, torch.device("cpu"))
