@@ -144,8 +144,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         scope, size, spec = self.scope, self.block_size, self.kv_cache_spec
         content = (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
         logger.info_once(
-            "ReAttention: scope of %s; trained window %d, all keys for prompts up to %d, "
-            "scorer %s, %s, memory %g%s, summaries take %.1f %% of the KV cache",
+            "ReAttention: scope of %s; trained window %d, all keys for prompts up to %d "
+            "(dense_limit), scorer %s, %s, memory %g%s, summaries take %.1f %% of the KV cache",
             described(scope, size),
             trained_window,
             scope.exact_blocks * size,

@@ -248,7 +248,8 @@ def report(plan: Plan) -> str:
         + (f", {shape.window_layers} with windows of {shape.window}" if shape.window_layers else "")
         + f"; {shape.num_kv_heads} KV heads of size {shape.head_size}",
         f"scope     {described(scope, block)}",
-        f"dense     full attention for prompts up to {scope.exact_blocks * block:,} tokens",
+        f"dense     full attention for prompts up to {scope.exact_blocks * block:,} tokens "
+        "(dense_limit)",
         f"KV cache  {each}{plan.token_bytes / 1024:.1f} KiB per token, "
         f"of which {plan.summary_bytes / 1024:.1f} are summaries",
         f"request   {each}{_gib(plan.request_bytes)} for {plan.max_model_len:,} tokens",
