@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import harness
 from vllm_reattention.config import SIZES, ReAttentionConfig
 
 # FLASH_ATTN is vLLM's own with the model's RoPE as it is, run on past the trained window; yarn is
@@ -129,6 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser, providers: list[str]) -> None
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which nothing is started"
     )
+
+
+def stamp(options: argparse.Namespace) -> dict[str, str]:
+    """Of rows that engines with these options make."""
+    return harness.stamp(options.tensor_parallel_size)
 
 
 def arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -351,8 +351,7 @@ def main() -> int:
             prompts.make_tokenizer(Path(folder), config["vocab_size"])
             chosen["load_format"] = "dummy"
         model = str(options.model or folder)
-        about = {"model": options.shape or Path(model).name}
-        about |= harness.stamp(options.tensor_parallel_size)
+        about = {"model": options.shape or Path(model).name} | engines.stamp(options)
         for name in options.provider:
             room = max(options.long, max(QUESTION_LENGTHS)) + options.output
             provider = engines.Provider(name, model, room, options.settings)

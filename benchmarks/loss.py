@@ -188,8 +188,7 @@ def main() -> None:
     if options.lengths:
         novel, _ = Prompts(options.model).haystack(novel_text())
         ends = text_ends(len(novel), max(options.lengths), options.texts)
-        stamp = harness.stamp(options.tensor_parallel_size)
-        before = len(harness.read(TABLE)) if TABLE.exists() else 0
+        stamp, before = engines.stamp(options), len(harness.read(TABLE)) if TABLE.exists() else 0
         try:
             engines.each_provider(run_lengths, options, 0, ends, options, stamp)
         finally:

@@ -211,13 +211,12 @@ def main() -> None:
     options.deadline = time.time() + options.budget
     options.lengths.sort()
 
-    stamp = harness.stamp(options.tensor_parallel_size)
     if options.compare_logprobs:
-        run_logprobs(options, stamp)
+        run_logprobs(options, engines.stamp(options))
     elif options.agree:
-        run_agreement(options, stamp)
+        run_agreement(options, engines.stamp(options))
     elif options.lengths:
-        engines.each_provider(run_grid, options, ROOM, options, stamp)
+        engines.each_provider(run_grid, options, ROOM, options, engines.stamp(options))
     if options.plot:
         draw(options)
 

@@ -178,8 +178,7 @@ def main() -> None:
 
     if options.lengths:
         refuse_lengths(options)
-        stamp = harness.stamp(options.tensor_parallel_size)
-        before = len(harness.read(TABLE)) if TABLE.exists() else 0
+        stamp, before = engines.stamp(options), len(harness.read(TABLE)) if TABLE.exists() else 0
         try:
             engines.each_provider(run_grid, options, 0, options, stamp)
         finally:

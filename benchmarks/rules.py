@@ -51,7 +51,7 @@ from csrc_triton.reference import rotate_rows
 from vllm_reattention import attention
 from vllm_reattention.config import ReAttentionConfig
 from vllm_reattention.memory import Memories
-from vllm_reattention.tiles import prefill_tiles, split_tail
+from vllm_reattention.tiles import dense_blocks, prefill_tiles, split_tail
 
 SHARES = ("exact", "max", "newest")
 EXACT = (*SHARES, "votes", "quest", "centroid")
@@ -101,9 +101,8 @@ class Study:
         config = ReAttentionConfig(**settings)
         layers = self.model.config.num_hidden_layers
         scope = config.resolve(self.window, BLOCK_SIZE, layers)
-        if len(tokens) <= scope.exact_blocks * BLOCK_SIZE:
-            scope = scope._replace(dense_blocks=scope.exact_blocks)
-        self.scope = scope
+        dense = dense_blocks(torch.tensor([len(tokens)]), scope, BLOCK_SIZE)
+        self.scope = scope._replace(dense_blocks=int(dense))
         self.chosen = config.selecting_layers(layers)
         self.layers, self.length, self.tokens = {}, 0, tokens
         self.room, blocks = room, -(-(len(tokens) + room) // BLOCK_SIZE)
@@ -391,7 +390,7 @@ class Study:
         for start in range(0, num_tiles, chunk):
             part = slice(start, start + chunk)
             last = tiles.position[part] // BLOCK_SIZE
-            local = torch.where(last < scope.dense_blocks, 0, last - scope.local_blocks + 1)
+            local = torch.where(last < tiles.dense[part], 0, last - scope.local_blocks + 1)
             if not int(local.max()):
                 continue
             counts = offset < tiles.length[part, None]

@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> None:
         "disable_log_stats": False,
     }
     is_fp8 = options.kv_cache_dtype.startswith("fp8")
-    shared = harness.stamp(options.tensor_parallel_size) | {
+    shared = engines.stamp(options) | {
         "figure": "serving",
         "heads": config["num_attention_heads"],
         "kv_heads": config["num_key_value_heads"],
@@ -209,10 +209,11 @@ def plot() -> None:
     for row in harness.read(TABLE):
         if row["batch"] == "1":
             cache = ", fp8 KV" if row["dtype"].startswith("float8") else ""
-            gpus = f", {row['gpu'].split()[0]} GPUs" if " x " in row["gpu"] else ""
+            count, _, gpu = row["gpu"].rpartition(" x ")
+            gpus = f", {count} GPUs" if count else ""
             line = row["metric"], f"{names[row['heads']]}{cache}{gpus}", row["provider"]
             points = newest.setdefault(line, {}).setdefault(row["commit"], {})
-            points[int(row["context_len"])] = float(row["p50"]), row["gpu"]
+            points[int(row["context_len"])] = float(row["p50"]), gpu
     for line, commits in newest.items():  # not every length is measured each time
         *_, before, last = {}, *commits.values()
         newest[line] = before | last
@@ -232,8 +233,7 @@ def plot() -> None:
         axis.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel=f"{metric} ({unit})")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    gpus = (gpu for points in newest.values() for _, gpu in points.values())
-    machines = sorted({gpu.split(" x ")[-1] for gpu in gpus})
+    machines = sorted({gpu for points in newest.values() for _, gpu in points.values()})
     figure.suptitle(f"One request, dummy weights, {', '.join(machines)}")
     figure.tight_layout()
     figure.savefig(harness.RESULTS / "serving.png", dpi=120)

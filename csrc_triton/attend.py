@@ -43,7 +43,7 @@ def attend(
         pages.key,
         pages.value,
         block_table,
-        *tiles[:5],
+        *tiles.columns,
         recalled,
         rotary.cos_sin,
         sinks,

@@ -63,7 +63,8 @@ class Scope(NamedTuple):
     global_blocks: int
     recall_blocks: int
     local_blocks: int  # the tile's own block is one of them
-    dense_blocks: int  # tiles that end within so many blocks attend to everything
+    # Tiles that end within so many blocks attend to everything; see also exact_blocks, and Tiles
+    dense_blocks: int
     candidate_blocks: int = 0  # candidates whose exact share is computed; 0: trust the summaries
     # The same for tiles of one query, where more are cheap, and find more; 0: as many as for others
     single_candidates: int = 0
@@ -75,7 +76,7 @@ class Scope(NamedTuple):
     # What the tokens before found counts so much for a token that the model writes; 0: nothing is
     # remembered. For per_layer alone.
     memory: float = 0.0
-    # Requests whose prompt has no more blocks attend to everything up to so many; 0: none do
+    # Of requests whose prompt fits into so many blocks, instead of dense_blocks; 0: there are none
     exact_blocks: int = 0
     per_layer: bool = False  # KV heads add their shares up and recall the same blocks
     window: int = 0  # sliding-window layers: every key of the window, exactly; no recall
@@ -137,6 +138,11 @@ class Tiles(NamedTuple):
     dense: Tensor
     max_length: int  # at most block_size; 1 for decode
     step: int = 1  # from one of its queries to the next, in rows; stages that select take any
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """Those with an entry for each tile, in the order in which kernels take them."""
+        return self.request, self.row, self.length, self.position, self.dense
 
     def part(self, start: int, end: int) -> "Tiles":
         some = slice(start, end)

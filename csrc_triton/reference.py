@@ -347,4 +347,4 @@ def attend(
 
 
 def _rows(tiles: Tiles):
-    return zip(*(column.tolist() for column in tiles[:5]), strict=True)
+    return zip(*(column.tolist() for column in tiles.columns), strict=True)

@@ -263,7 +263,7 @@ def key_mass(
         query,
         pages.key,
         block_table,
-        *tiles[:5],
+        *tiles.columns,
         candidates,
         rotary.cos_sin,
         mass,

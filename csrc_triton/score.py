@@ -306,7 +306,7 @@ def score_blocks(
     partial = torch.empty((num_tiles, num_kv_heads, max_rows, splits), **fp32)
     score = torch.empty((num_tiles, num_kv_heads, max_blocks), **fp32)
     extent = torch.empty(num_tiles, dtype=torch.int32, device=query.device)
-    tensors = (query, pages.summary, block_table, *tiles[:5], mass, partial)
+    tensors = (query, pages.summary, block_table, *tiles.columns, mass, partial)
     numbers = (scale, rotary.query_scale, max_blocks)
     strides = (
         query.stride(0),

@@ -605,7 +605,7 @@ def _built(builder, lengths, known) -> tuple[bool, bool]:
         starts, starts, lengths, 2, tokens, most, most, table, torch.zeros(tokens),
         seq_lens_cpu_upper_bound=known,
     )  # fmt: skip
-    built = builder._build(step, builder._dense_blocks(step))
+    built = builder._build(step, builder._limits(step))
     return built.dense is not None, built.scope == builder.scope.of_tail
 
 

@@ -525,7 +525,7 @@ def test_a_step_amid_a_prompt_has_no_tail():
 
 def columns(tiles) -> list[tuple[int, int, int, int]]:
     """Row, request, length and position of each."""
-    request, row, length, position, _ = (column.tolist() for column in tiles[:5])
+    request, row, length, position = (column.tolist() for column in tiles[:4])
     return list(zip(row, request, length, position, strict=True))
 
 
@@ -564,5 +564,5 @@ def test_decode_tiles_stay_where_they_are():
     decode = DecodeTiles(64, 1, 8, torch.device("cpu"))
     first = decode.fill(*requests((9, 1), (7, 1)), num_tokens=2)
     second = decode.fill(*requests((100, 1), (0, 0)), num_tokens=2)
-    assert [t.data_ptr() for t in first[:5]] == [t.data_ptr() for t in second[:5]]
+    assert [t.data_ptr() for t in first.columns] == [t.data_ptr() for t in second.columns]
     assert rows(first) == [(0, 0, 100)]

@@ -29,6 +29,7 @@ from vllm_reattention.metrics import SHARES, Counts
 from vllm_reattention.tiles import (
     DecodeTiles,
     DensePrompts,
+    dense_blocks,
     dense_prompts,
     ends_here,
     most_dense_keys,
@@ -165,14 +166,15 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
         if compat.prompt_lengths() is None and not self.layer.is_draft_layer:
             logger.warning_once(
                 "ReAttention: this vLLM does not tell how long prompts are, so their last tokens "
-                "recall what others do and questions are answered less well; docs/upgrade.md"
+                "recall what others do and questions are answered less well, and dense_limit holds "
+                "for the beginning of every prompt; docs/upgrade.md"
             )
-        dense_blocks = self._dense_blocks(common_attn_metadata)
-        metadata = self._build(common_attn_metadata, dense_blocks)
+        limits = self._limits(common_attn_metadata)
+        metadata = self._build(common_attn_metadata, limits)
         if self.counts is not None:
             self.masses.collect(self.counts.add_shares)
             self.times.collect(self.counts.add_times)
-            selected = self._count(self.counts, common_attn_metadata, dense_blocks)
+            selected = self._count(self.counts, common_attn_metadata, limits)
             # Not of single tokens alone: a CUDA graph replays what it captured, unwatched.
             if selected and metadata.tiles[-1].max_length > 1:
                 if self.masses.is_due:
@@ -185,36 +187,36 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> ReAttentionMetadata:
-        return self._build(common_attn_metadata, self._dense_blocks(common_attn_metadata))
+        return self._build(common_attn_metadata, self._limits(common_attn_metadata))
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> ReAttentionMetadata:
-        return self._build(common_attn_metadata, self._dense_blocks(common_attn_metadata))
+        return self._build(common_attn_metadata, self._limits(common_attn_metadata))
 
-    def _dense_blocks(self, step: CommonAttentionMetadata) -> Tensor:
-        """[num_requests] int32 on the host: in a block from this one on, each selects."""
+    def _limits(self, step: CommonAttentionMetadata) -> Tensor:
+        """[num_requests] int32 on the host, dense_blocks of each; untold prompts are short ones."""
         scope, told = self.scope, compat.prompt_lengths()
-        dense = torch.full((len(step.seq_lens),), scope.exact_blocks, dtype=torch.int32)
+        limits = torch.full((len(step.seq_lens),), scope.exact_blocks, dtype=torch.int32)
         if told is not None and scope.exact_blocks > scope.dense_blocks:
-            is_long = told[: len(dense)] > scope.exact_blocks * self.block_size
-            dense[: len(is_long)].masked_fill_(is_long, scope.dense_blocks)
-        return dense
+            of_told = dense_blocks(told[: len(limits)], scope, self.block_size)
+            limits[: len(of_told)] = of_told
+        return limits
 
-    def _build(self, step: CommonAttentionMetadata, dense_blocks: Tensor) -> ReAttentionMetadata:
+    def _build(self, step: CommonAttentionMetadata, limits: Tensor) -> ReAttentionMetadata:
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             step, self.reorder_batch_threshold
         )
         tiles, starts = [], step.query_start_loc
         # None for a draft, of which the host's lengths may also be too short
         prompt_lens = compat.prompt_lengths()
-        limits = None  # all alike
+        unlike = None  # limits, where they may differ from request to request
         if self.scope.exact_blocks > self.scope.dense_blocks:
-            limits = dense_blocks.to(step.seq_lens.device, non_blocking=True)
+            unlike = limits.to(step.seq_lens.device, non_blocking=True)
         if num_decode_tokens:
             self._mark_generated(step, num_decodes)
             decoded = starts[: num_decodes + 1], step.seq_lens[:num_decodes]
-            tiles.append(self.decode.fill(*decoded, num_decode_tokens, limits))
+            tiles.append(self.decode.fill(*decoded, num_decode_tokens, unlike))
         max_blocks = -(-step.max_seq_len // self.block_size)
         table, dense = step.block_table_tensor[:, :max_blocks], None
         if num_prefills and self.has_flash_attention and prompt_lens is not None:
@@ -224,7 +226,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                 step.seq_lens,
                 step.seq_lens_cpu_upper_bound,
                 num_decodes,
-                dense_blocks * self.block_size,
+                limits * self.block_size,
                 table,
                 self.block_size,
                 self.most_dense_keys,
@@ -237,7 +239,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
                     step.seq_lens,
                     num_decodes,
                     self.block_size,
-                    self.scope.dense_blocks if limits is None else limits,
+                    self.scope.dense_blocks if unlike is None else unlike,
                 )
             )
         selects = self.weight and max_blocks > self.scope.dense_blocks
@@ -287,7 +289,7 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             self.is_generated[: self.marked].fill_(True)
             self.marked = 0
 
-    def _count(self, counts: Counts, step: CommonAttentionMetadata, dense_blocks: Tensor) -> int:
+    def _count(self, counts: Counts, step: CommonAttentionMetadata, limits: Tensor) -> int:
         """Returns how many query tokens select, as far as the host knows."""
         if step.seq_lens_cpu_upper_bound is None:
             logger.warning_once(
@@ -297,8 +299,8 @@ class ReAttentionMetadataBuilder(AttentionMetadataBuilder[ReAttentionMetadata]):
             return 0
         seq_lens, num_tokens = _host_lengths(step)
         num_decodes, *_ = split_decodes_and_prefills(step, self.reorder_batch_threshold)
-        limits = dense_blocks.numpy()[: len(seq_lens)] * self.block_size
-        return counts.add(seq_lens, num_tokens, num_decodes, limits, self.scope, self.block_size)
+        dense = limits.numpy()[: len(seq_lens)] * self.block_size
+        return counts.add(seq_lens, num_tokens, num_decodes, dense, self.scope, self.block_size)
 
 
 def _host_lengths(step: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:

@@ -62,6 +62,12 @@ def most_prefill_tiles(num_tokens: int, num_requests: int, block_size: int) -> i
     return min(num_tokens, num_tokens // block_size + 2 * num_requests)
 
 
+def dense_blocks(prompt_lens: Tensor, scope: Scope, block_size: int) -> Tensor:
+    """[num_requests] int32, as in Tiles: in a block from this one on a request's tokens select."""
+    is_long = prompt_lens > scope.exact_blocks * block_size
+    return torch.where(is_long, scope.dense_blocks, scope.exact_blocks).to(torch.int32)
+
+
 def most_dense_keys(num_tokens: int, scope: Scope, block_size: int) -> int:
     """Of no step of so many does dense_prompts read more."""
     return num_tokens + scope.exact_blocks * block_size
@@ -191,8 +197,8 @@ def dense_prompts(
     lens = query_start_loc_cpu[first_request:].diff()
     known = seq_lens_cpu[first_request:][: len(lens)]
     are_whole, longest, num_keys = torch.equal(lens, known), int(known.max()), int(known.sum())
-    theirs = limits[first_request:][: len(lens)]
-    if bool((known > theirs).any()) or (not are_whole and num_keys > most_keys):
+    is_over = known > limits[first_request:][: len(lens)]
+    if bool(is_over.any()) or (not are_whole and num_keys > most_keys):
         return None
     rows = slice(int(query_start_loc_cpu[first_request]), int(query_start_loc_cpu[-1]))
     starts = query_start_loc[first_request:] - rows.start
