@@ -137,6 +137,13 @@ def stamp(options: argparse.Namespace) -> dict[str, str]:
     return harness.stamp(options.tensor_parallel_size)
 
 
+def named(provider: Provider, options: argparse.Namespace) -> str:
+    """What to call it in rows: with the cache's dtype, where that is not the model's."""
+    if options.kv_cache_dtype == "auto":
+        return provider.name
+    return f"{provider.name}/{options.kv_cache_dtype}"
+
+
 def arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What the options ask of vLLM, whoever the provider is."""
     return {

@@ -76,7 +76,7 @@ def run_lengths(
     options: argparse.Namespace,
     stamp: dict,
 ) -> None:
-    prompts = Prompts(options.model)
+    prompts, name = Prompts(options.model), engines.named(provider, options)
     cases = [(length, phase) for length in lengths for phase in options.phases]
     chosen = needle.engine_arguments(options) | {"enable_prefix_caching": False}
     if "decode" in options.phases:
@@ -91,7 +91,7 @@ def run_lengths(
             seconds = time.perf_counter() - start
             shared = {
                 "model": Path(options.model).name,
-                "provider": provider.name,
+                "provider": name,
                 "phase": phase,
                 "context_len": length,
                 "tokens": options.scored,
@@ -103,7 +103,7 @@ def run_lengths(
             ]
             harness.append(TABLE, COLUMNS, rows)
             mean = statistics.fmean(found)
-            print(f"{provider.name} {phase} {length}: {mean:.4f}, {seconds:.1f} s", flush=True)
+            print(f"{name} {phase} {length}: {mean:.4f}, {seconds:.1f} s", flush=True)
 
 
 def curves(rows: list[dict]) -> dict[str, dict[int, dict[int, float]]]:

@@ -76,7 +76,8 @@ def run_grid(
             start = time.perf_counter()
             answers = llm.generate(agreement.as_tokens(prompts), greedy, use_tqdm=False)
             seconds = time.perf_counter() - start
-            shared = shared_columns(provider, provider.name, length, options, stamp)
+            label = engines.named(provider, options)
+            shared = shared_columns(provider, label, length, options, stamp)
             written = [answer.outputs[0].text for answer in answers]
             found = rows(prompts, written, shared)
             harness.append(TABLE, COLUMNS, found)

@@ -67,13 +67,12 @@ def run_grid(
             start = time.perf_counter()
             answers = llm.generate(agreement.as_tokens(samples), greedy, use_tqdm=False)
             seconds = time.perf_counter() - start
-            shared = needle.shared_columns(provider, provider.name, length, options, stamp)
+            label = engines.named(provider, options)
+            shared = needle.shared_columns(provider, label, length, options, stamp)
             written = [answer.outputs[0].text for answer in answers]
             found = rows(samples, written, shared | {"task": task})
             harness.append(TABLE, needle.COLUMNS, found)
-            print(
-                f"{provider.name} {task} {length}: {share(found):.1%}, {seconds:.1f} s", flush=True
-            )
+            print(f"{label} {task} {length}: {share(found):.1%}, {seconds:.1f} s", flush=True)
             pairs = [pair for pair in zip(samples, written, strict=True) if score(*pair) < 1]
             for sample, text in pairs[: needle.TOLD]:
                 print(f"  missed {sample.depth} {sample.answers}: {text!r}", flush=True)

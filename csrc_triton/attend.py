@@ -10,7 +10,7 @@ from torch import Tensor
 from csrc_triton.attend_decode import attend_single_kernel, merge_splits_kernel
 from csrc_triton.attend_prefill import attend_tile_kernel
 from csrc_triton.layout import Pages, Rotary, Scope, Tiles
-from csrc_triton.primitives import early_launch, row_strides, slot_sizes
+from csrc_triton.primitives import bias_stride, early_launch, row_strides, slot_sizes
 
 MAX_SPLITS = 64  # of a scope
 
@@ -46,6 +46,7 @@ def attend(
         *tiles.columns,
         recalled,
         rotary.cos_sin,
+        pages.bias,
         sinks,
         out,
         scale * pages.key_scale,
@@ -59,6 +60,7 @@ def attend(
         block_table.stride(0),
         pages.key.stride(0),
         pages.key.stride(1),
+        bias_stride(pages),
         *row_strides(recalled),
     )
     fixed = {
@@ -70,6 +72,7 @@ def attend(
         **slot_sizes(scope),
         "WINDOW": scope.window,
         "HAS_CAP": soft_cap > 0,
+        "HAS_BIAS": pages.bias is not None,
         "HAS_SINKS": sinks is not None,
         "PAD_HEAD": max(triton.next_power_of_2(head_size), 16),
     }

@@ -36,6 +36,7 @@ def attend_single_kernel(
     dense_ptr,
     recalled_ptr,  # [num_tiles, num_kv_heads or 1, recall_blocks]
     cos_sin_ptr,  # [num_positions, 2, half]
+    bias_ptr,  # [num_kv_heads, block_size or more, head_size], or null
     sink_ptr,  # [num_heads], or null
     out_ptr,  # [num_tokens, num_heads, head_size]
     scale,  # of the logits, times the keys' scale
@@ -49,6 +50,7 @@ def attend_single_kernel(
     table_stride,
     cache_stride_block,
     cache_stride_head,
+    bias_stride_head,
     recalled_stride_tile,
     recalled_stride_head,
     partial_ptr,  # [num_tiles, num_kv_heads, splits, group, head_size], or null
@@ -64,6 +66,7 @@ def attend_single_kernel(
     LOCAL: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -112,6 +115,8 @@ def attend_single_kernel(
     head_mask = (head_offs < HEAD_SIZE)[None, :]
     key_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
     value_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
+    if HAS_BIAS:
+        bias_ptr += head_idx * bias_stride_head + (offset * HEAD_SIZE)[:, None] + head_offs[None, :]
     PAIRS: tl.constexpr = 2 if value_cache_ptr.dtype.element_ty.primitive_bitwidth == 8 else 1
     if PAIRS == 2:
         value_cache_ptr = value_cache_ptr.to(tl.pointer_type(tl.int16))
@@ -150,7 +155,10 @@ def attend_single_kernel(
         turned = turn_rows(
             query, partner, turn, cos_sin_ptr, query_scale, HALF, ROWS, SLOTS, PAD_HEAD
         )
-        logits = tl.dot(turned, tl.trans(keys.to(turned.dtype)))
+        keys = keys.to(turned.dtype)
+        if HAS_BIAS:
+            keys += tl.load(bias_ptr, mask=head_mask, other=0.0).to(turned.dtype)
+        logits = tl.dot(turned, tl.trans(keys))
         if HAS_CAP:
             logits = cap_logits(logits * scale, soft_cap) * LOG2E
         else:

@@ -107,9 +107,10 @@ def _place(ring, stage, cached: gl.constexpr, shape: gl.constexpr):
 @gluon.jit
 def _fill(
     steps, num_slots, num_keys, num_global, num_recalled, local, recalled_ptr, table_ptr,
-    cos_sin_ptr, key_cache_ptr, value_cache_ptr, cache_stride_block, keys, values, filled, freed,
+    cos_sin_ptr, bias_ptr, key_cache_ptr, value_cache_ptr, cache_stride_block, keys, values,
+    filled, freed,
     HEAD_SIZE: gl.constexpr, HALF: gl.constexpr, BLOCK_SIZE: gl.constexpr, SLOTS: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Keys, turned to their slots, and values into the ring; the scope's last step first."""
     dtype: gl.constexpr = keys.dtype
@@ -122,6 +123,11 @@ def _fill(
     head_offs = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, gl.SliceLayout(1, copy)))
     slot = gl.arange(0, SLOTS, gl.SliceLayout(1, gl.SliceLayout(2, copy)))
     inside = (offset * HEAD_SIZE)[None, :, None] + head_offs[None, None, :]
+    if HAS_BIAS:  # the same for each slot
+        bias_offset = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, gl.SliceLayout(2, tile)))
+        bias_head = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, gl.SliceLayout(1, tile)))
+        of_slots = gl.full(shape, 0, gl.int32, tile) + (bias_offset * HEAD_SIZE)[None, :, None]
+        bias_at = bias_ptr + (of_slots + bias_head[None, None, :])
     copied_slot = slot + (steps - 1) * SLOTS
     # A page is found in two loads, each a step ahead of its use.
     given = (num_slots, num_global, num_recalled, local, recalled_ptr)
@@ -160,7 +166,10 @@ def _fill(
             if bits == 8:
                 value = _place(values, stage, cached, shape).load(tile)
                 values.index(stage).reshape(shape).store(value.to(values.dtype))
-            first, second = _halves(key.to(gl.float32), HALF)
+            key = key.to(gl.float32)
+            if HAS_BIAS:
+                key += gl.load(bias_at)
+            first, second = _halves(key, HALF)
             cos, sin = cos[:, None, :], sin[:, None, :]
             turned = gl.join(first * cos - second * sin, second * cos + first * sin).to(dtype)
             turned = gl.reshape(gl.permute(turned, (0, 1, 3, 2)), shape)
@@ -276,6 +285,7 @@ def attend_hopper_kernel(
     dense_ptr,
     recalled_ptr,
     cos_sin_ptr,
+    bias_ptr,
     sink_ptr,
     out_ptr,
     scale,
@@ -289,6 +299,7 @@ def attend_hopper_kernel(
     table_stride,
     cache_stride_block,
     cache_stride_head,
+    bias_stride_head,
     recalled_stride_tile,
     recalled_stride_head,
     HEAD_SIZE: gl.constexpr,
@@ -299,6 +310,7 @@ def attend_hopper_kernel(
     GLOBAL: gl.constexpr,
     RECALL: gl.constexpr,
     LOCAL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     MAX_ROWS: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -353,8 +365,12 @@ def attend_hopper_kernel(
         mbarrier.init(freed.index(stage), count=2)
     hopper.fence_async_shared()
 
+    if HAS_BIAS:
+        bias_ptr += head_idx * bias_stride_head
+    else:
+        bias_ptr = cos_sin_ptr  # not read; None cannot be handed on
     if not HAS_SINKS:
-        sink_ptr = cos_sin_ptr  # not read; None cannot be handed on
+        sink_ptr = cos_sin_ptr  # likewise
     rows = (
         length * GROUP, token, position, head_idx, steps, num_slots, query_ptr, cos_sin_ptr,
         sink_ptr, out_ptr, scale, value_scale, query_scale, query_stride_token, query_stride_head,
@@ -370,8 +386,9 @@ def attend_hopper_kernel(
             )),
             (_fill, (
                 steps, num_slots, num_keys, num_global, num_recalled, local, recalled_ptr,
-                table_ptr, cos_sin_ptr, key_cache_ptr, value_cache_ptr, cache_stride_block,
-                keys, values, filled, freed, HEAD_SIZE, HALF, BLOCK_SIZE, SLOTS, STAGES, AHEAD,
+                table_ptr, cos_sin_ptr, bias_ptr, key_cache_ptr, value_cache_ptr,
+                cache_stride_block, keys, values, filled, freed, HEAD_SIZE, HALF, BLOCK_SIZE, SLOTS,
+                STAGES, AHEAD, HAS_BIAS,
             )),
         ],
         [4, 4],

@@ -22,11 +22,11 @@ from csrc_triton.primitives import (
 @triton.jit
 def _attend_keys(
     best, total, acc, query_first, query_second, query_rest, block, page, first_slot, num_slots,
-    position, first_unwritten, cos_sin_ptr, key_cache_ptr, value_cache_ptr, scale, soft_cap,
-    cache_stride_block,
+    position, first_unwritten, cos_sin_ptr, bias_ptr, key_cache_ptr, value_cache_ptr, scale,
+    soft_cap, cache_stride_block,
     HEAD_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, MASKED: tl.constexpr, SLOTS: tl.constexpr, PAD_HALF: tl.constexpr,
-    PAD_REST: tl.constexpr, PAD_HEAD: tl.constexpr, dtype: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, SLOTS: tl.constexpr,
+    PAD_HALF: tl.constexpr, PAD_REST: tl.constexpr, PAD_HEAD: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax: the keys of SLOTS slots of the scope, from first_slot on."""
     KEYS: tl.constexpr = SLOTS * BLOCK_SIZE
@@ -35,6 +35,8 @@ def _attend_keys(
     key_at = block * BLOCK_SIZE + key % BLOCK_SIZE
     inside = first_slot + key // BLOCK_SIZE < num_slots
     head_offs = tl.arange(0, PAD_HEAD)
+    if HAS_BIAS:
+        bias_ptr += (key % BLOCK_SIZE * HEAD_SIZE)[:, None]
     if HALF > 0:
         half_offs = tl.arange(0, PAD_HALF)
         half_mask = half_offs < HALF
@@ -62,8 +64,13 @@ def _attend_keys(
         angle_ptr += half_offs[None, None, :]
         cos = tl.load(angle_ptr, mask=half_mask[None, None, :], other=0.0)
         sin = tl.load(angle_ptr + HALF, mask=half_mask[None, None, :], other=0.0)
-        wide_first = tl.reshape(first, [SLOTS, BLOCK_SIZE, PAD_HALF]).to(tl.float32)
-        wide_second = tl.reshape(second, [SLOTS, BLOCK_SIZE, PAD_HALF]).to(tl.float32)
+        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+        if HAS_BIAS:
+            at = bias_ptr + half_offs[None, :]
+            wide_first += tl.load(at, mask=half_mask[None, :], other=0.0)
+            wide_second += tl.load(at + HALF, mask=half_mask[None, :], other=0.0)
+        wide_first = tl.reshape(wide_first, [SLOTS, BLOCK_SIZE, PAD_HALF])
+        wide_second = tl.reshape(wide_second, [SLOTS, BLOCK_SIZE, PAD_HALF])
         turned_first = (wide_first * cos - wide_second * sin).to(dtype)
         turned_second = (wide_second * cos + wide_first * sin).to(dtype)
         turned_first = tl.reshape(turned_first, [KEYS, PAD_HALF])
@@ -74,7 +81,11 @@ def _attend_keys(
         rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
         rest_mask = (rest_offs < HEAD_SIZE)[None, :]
         rest = tl.load(key_cache_ptr + row + rest_offs[None, :], mask=rest_mask, other=0.0)
-        rest = tl.trans(rest.to(query_rest.dtype))
+        rest = rest.to(query_rest.dtype)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + rest_offs[None, :], mask=rest_mask, other=0.0)
+            rest += bias.to(query_rest.dtype)
+        rest = tl.trans(rest)
         if HALF > 0:
             logits = tl.dot(query_rest, rest, logits)
         else:
@@ -110,6 +121,7 @@ def attend_tile_kernel(
     dense_ptr,
     recalled_ptr,  # [num_tiles, num_kv_heads or 1, recall_blocks]
     cos_sin_ptr,  # [num_positions, 2, half]
+    bias_ptr,  # [num_kv_heads, block_size or more, head_size], or null
     sink_ptr,  # [num_heads], or null
     out_ptr,  # [num_tokens, num_heads, head_size]
     scale,  # of the logits, times the keys' scale
@@ -123,6 +135,7 @@ def attend_tile_kernel(
     table_stride,
     cache_stride_block,
     cache_stride_head,
+    bias_stride_head,
     recalled_stride_tile,
     recalled_stride_head,
     HEAD_SIZE: tl.constexpr,
@@ -135,6 +148,7 @@ def attend_tile_kernel(
     LOCAL: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PAD_HEAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -199,6 +213,8 @@ def attend_tile_kernel(
     recalled_ptr += tile_idx * recalled_stride_tile + head_idx * recalled_stride_head
     key_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
     value_cache_ptr += head_idx.to(tl.int64) * cache_stride_head
+    if HAS_BIAS:
+        bias_ptr += head_idx * bias_stride_head
     best = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PAD_HEAD], tl.float32)
@@ -216,9 +232,9 @@ def attend_tile_kernel(
             )  # fmt: skip
             best, total, acc = _attend_keys(
                 best, total, acc, query_first, query_second, query_rest, block, page,
-                first_slot, num_slots, position, first_position + length, cos_sin_ptr,
+                first_slot, num_slots, position, first_position + length, cos_sin_ptr, bias_ptr,
                 key_cache_ptr, value_cache_ptr, scale, soft_cap, cache_stride_block,
-                HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, MASKED == 1, SLOTS,
+                HEAD_SIZE, HALF, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_BIAS, MASKED == 1, SLOTS,
                 PAD_HALF, PAD_REST, PAD_HEAD, dtype,
             )  # fmt: skip
             block, page = next_block, next_page

@@ -14,13 +14,20 @@ class Pages(NamedTuple):
     value    [num_blocks, num_kv_heads, block_size, head_size]  same dtype as key
     summary  [num_blocks, num_kv_heads, 2, head_size]           16 bit (fp32 for an fp32 cache);
              mean and variance per channel of the block's un-rotated keys; valid once it is full
+    bias     [num_kv_heads, block_size or more, head_size]      fp16, contiguous; rotated as keys
+             are; or None
+
+    A real key is (stored key + bias) * key_scale, a real value stored value * value_scale; only
+    beside fp8 is there a bias or a scale other than 1. Summaries are of keys without the bias. So
+    are logits of selections: all keys have it in common, and no share of a softmax depends on it.
     """
 
     key: Tensor
     value: Tensor
     summary: Tensor
-    key_scale: float = 1.0  # real key = stored key * key_scale; other than 1 only for fp8
+    key_scale: float = 1.0
     value_scale: float = 1.0
+    bias: Tensor | None = None
 
     @property
     def block_size(self) -> int:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.layout import Scope
+from csrc_triton.layout import Pages, Scope
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -103,6 +103,10 @@ def slot_sizes(scope: Scope) -> dict[str, int]:
 def row_strides(blocks: torch.Tensor) -> tuple[int, int]:
     """Strides of tile and KV head, of blocks that are each head's own or one row for all."""
     return blocks.stride(0), blocks.stride(1) if blocks.shape[1] > 1 else 0
+
+
+def bias_stride(pages: Pages) -> int:
+    return 0 if pages.bias is None else pages.bias.stride(0)
 
 
 @triton.jit

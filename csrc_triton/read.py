@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.layout import Pages, Rotary
+from csrc_triton.primitives import bias_stride
 
 
 @triton.jit
@@ -15,6 +16,7 @@ def _read_kv_kernel(
     slot_ptr,  # [num_keys]
     block_start_ptr,  # [num_keys]
     cos_sin_ptr,  # [num_positions, 2, half]
+    bias_ptr,  # [num_kv_heads, block_size or more, head_size], or null
     key_ptr,  # [num_keys, num_kv_heads, head_size], contiguous
     value_ptr,
     key_scale,
@@ -22,9 +24,11 @@ def _read_kv_kernel(
     num_kv_heads,
     cache_stride_block,
     cache_stride_head,
+    bias_stride_head,
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HEADS: tl.constexpr,
     PAD_HALF: tl.constexpr,
     PAD_REST: tl.constexpr,
@@ -43,13 +47,18 @@ def _read_kv_kernel(
     mask = head_mask & (channel < HEAD_SIZE)
     value = tl.load(value_cache_ptr + row + channel, mask=mask, other=0.0).to(tl.float32)
     tl.store(value_ptr + out + channel, (value * value_scale).to(dtype), mask=mask)
+    if HAS_BIAS:
+        bias_ptr += head_offs[:, None] * bias_stride_head + slot % BLOCK_SIZE * HEAD_SIZE
     if HALF > 0:
         half_offs = tl.arange(0, PAD_HALF)
         mask = head_mask & (half_offs < HALF)[None, :]
         at = row + half_offs[None, :]
-        first = tl.load(key_cache_ptr + at, mask=mask, other=0.0).to(tl.float32) * key_scale
+        first = tl.load(key_cache_ptr + at, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(key_cache_ptr + HALF + at, mask=mask, other=0.0).to(tl.float32)
-        second = second * key_scale
+        if HAS_BIAS:
+            first += tl.load(bias_ptr + half_offs[None, :], mask=mask, other=0.0)
+            second += tl.load(bias_ptr + HALF + half_offs[None, :], mask=mask, other=0.0)
+        first, second = first * key_scale, second * key_scale
         angle_ptr = cos_sin_ptr + tl.load(block_start_ptr + key_idx) * (2 * HALF) + half_offs
         cos = tl.load(angle_ptr, mask=half_offs < HALF, other=0.0)[None, :]
         sin = tl.load(angle_ptr + HALF, mask=half_offs < HALF, other=0.0)[None, :]
@@ -60,6 +69,8 @@ def _read_kv_kernel(
         rest_offs = 2 * HALF + tl.arange(0, PAD_REST)[None, :]
         mask = head_mask & (rest_offs < HEAD_SIZE)
         rest = tl.load(key_cache_ptr + row + rest_offs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            rest += tl.load(bias_ptr + rest_offs, mask=mask, other=0.0)
         tl.store(key_ptr + out + rest_offs, (rest * key_scale).to(dtype), mask=mask)
 
 
@@ -82,6 +93,7 @@ def read_kv(
         slots,
         block_starts,
         rotary.cos_sin,
+        pages.bias,
         key,
         value,
         pages.key_scale,
@@ -89,9 +101,11 @@ def read_kv(
         num_kv_heads,
         pages.key.stride(0),
         pages.key.stride(1),
+        bias_stride(pages),
         HEAD_SIZE=head_size,
         HALF=rotary.half,
         BLOCK_SIZE=block_size,
+        HAS_BIAS=pages.bias is not None,
         HEADS=8,
         PAD_HALF=triton.next_power_of_2(max(rotary.half, 1)),
         PAD_REST=triton.next_power_of_2(max(head_size - 2 * rotary.half, 1)),

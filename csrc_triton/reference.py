@@ -85,7 +85,10 @@ def write_kv(
     slots = slot_mapping[written]
     block, offset = slots // block_size, slots % block_size
     turned = _rotate(_half_split(_wide(key[written]), rotary), rotary.cos_sin[offset][:, None])
-    pages.key[block, :, offset] = _narrow(turned / pages.key_scale, pages.key.dtype)
+    turned = turned / pages.key_scale
+    if pages.bias is not None:
+        turned = turned - pages.bias[:, offset].transpose(0, 1)
+    pages.key[block, :, offset] = _narrow(turned, pages.key.dtype)
     pages.value[block, :, offset] = _narrow(
         _wide(value[written]) / pages.value_scale, pages.value.dtype
     )
@@ -97,6 +100,11 @@ def write_kv(
     variance, mean = torch.var_mean(raw, dim=2, correction=0)
     variance = variance.clamp(max=torch.finfo(pages.summary.dtype).max)  # fp16 ends at 65504
     pages.summary[full] = torch.stack((mean, variance), dim=2).to(pages.summary.dtype)
+
+
+def _real(stored: Tensor, bias: Tensor | None, key_scale: float) -> Tensor:
+    """Keys from what is stored of them, [..., head_size] both."""
+    return (stored if bias is None else stored + bias.to(stored.dtype)) * key_scale
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,8 +137,9 @@ def read_kv(
     """
     block, offset = slots // pages.block_size, slots % pages.block_size
     key, value = (_wide(cache)[block, :, offset] for cache in (pages.key, pages.value))
+    bias = None if pages.bias is None else pages.bias[:, offset].transpose(0, 1)
     # in the cache they are rotated by their offset
-    key = _rotate(key * pages.key_scale, rotary.cos_sin[block_starts.long()][:, None])
+    key = _rotate(_real(key, bias, pages.key_scale), rotary.cos_sin[block_starts.long()][:, None])
     return key.to(dtype), (value * pages.value_scale).to(dtype)
 
 
@@ -324,7 +333,8 @@ def attend(
         q = _rotate(q, rotary.cos_sin[own]) * scale
 
         page = block_table[request].long()[slots]  # [num_kv_heads, num_slots]
-        key = _wide(pages.key[page, heads]).to(q.dtype) * pages.key_scale
+        bias = None if pages.bias is None else pages.bias[:, None, :block_size]
+        key = _real(_wide(pages.key[page, heads]).to(q.dtype), bias, pages.key_scale)
         key = _rotate(key, table[:, None]).flatten(1, 2)
         value = (_wide(pages.value[page, heads]).to(q.dtype) * pages.value_scale).flatten(1, 2)
         logits = cap_logits(q @ key.transpose(1, 2), soft_cap)  # [num_kv_heads, rows, keys]

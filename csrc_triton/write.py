@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.layout import Pages, Rotary
-from csrc_triton.primitives import source_channel
+from csrc_triton.primitives import bias_stride, source_channel
 
 
 @triton.jit
@@ -38,6 +38,7 @@ def _write_kv_kernel(
     summary_ptr,  # [num_blocks, num_kv_heads, 2, head_size]
     slot_mapping_ptr,  # [num_tokens]
     cos_sin_ptr,  # [num_positions, 2, half]
+    bias_ptr,  # [num_kv_heads, block_size or more, head_size], or null
     key_inverse_scale,
     value_inverse_scale,
     key_scale,
@@ -49,11 +50,13 @@ def _write_kv_kernel(
     cache_stride_head,
     summary_stride_block,
     summary_stride_head,
+    bias_stride_head,
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PAD_HALF: tl.constexpr,
     PAD_REST: tl.constexpr,
     PAD_HEAD: tl.constexpr,
@@ -89,6 +92,9 @@ def _write_kv_kernel(
     rest_offs = 2 * HALF + tl.arange(0, PAD_REST)
     rest_mask = rest_offs < HEAD_SIZE
     out_ptr = key_cache_ptr + page_offs + offset * HEAD_SIZE
+    if HAS_BIAS:
+        bias_ptr += head_idx * bias_stride_head
+        here_ptr = bias_ptr + offset * HEAD_SIZE
     if HALF > 0:
         first = tl.load(row_ptr + first_offs, mask=half_mask, other=0.0).to(tl.float32)
         second = tl.load(row_ptr + second_offs, mask=half_mask, other=0.0).to(tl.float32)
@@ -96,13 +102,19 @@ def _write_kv_kernel(
         cos = tl.load(angle_ptr, mask=half_mask, other=0.0)
         sin = tl.load(angle_ptr + HALF, mask=half_mask, other=0.0)
         turned = (first * cos - second * sin) * key_inverse_scale
+        if HAS_BIAS:
+            turned -= tl.load(here_ptr + half_offs, mask=half_mask, other=0.0)
         tl.store(out_ptr + half_offs, _narrow(turned, LIMIT, cache_dtype), mask=half_mask)
         turned = (second * cos + first * sin) * key_inverse_scale
+        if HAS_BIAS:
+            turned -= tl.load(here_ptr + HALF + half_offs, mask=half_mask, other=0.0)
         tl.store(out_ptr + HALF + half_offs, _narrow(turned, LIMIT, cache_dtype), mask=half_mask)
     if 2 * HALF < HEAD_SIZE:
         rest = tl.load(row_ptr + rest_offs, mask=rest_mask, other=0.0).to(tl.float32)
-        rest = _narrow(rest * key_inverse_scale, LIMIT, cache_dtype)
-        tl.store(out_ptr + rest_offs, rest, mask=rest_mask)
+        rest *= key_inverse_scale
+        if HAS_BIAS:
+            rest -= tl.load(here_ptr + rest_offs, mask=rest_mask, other=0.0)
+        tl.store(out_ptr + rest_offs, _narrow(rest, LIMIT, cache_dtype), mask=rest_mask)
     if offset < BLOCK_SIZE - 1:
         return
 
@@ -128,10 +140,15 @@ def _write_kv_kernel(
         second = tl.load(near_ptr + second_offs[None, :], mask=now_mask, other=0.0).to(tl.float32)
         past = tl.load(past_ptr + half_offs[None, :], mask=past_mask, other=0.0).to(tl.float32)
         turned = (first * cos - second * sin) * key_inverse_scale
+        if HAS_BIAS:
+            all_ptr = bias_ptr + slot_offs[:, None] * HEAD_SIZE + half_offs[None, :]
+            turned -= tl.load(all_ptr, mask=mask, other=0.0)
         turned = _narrow(turned, LIMIT, cache_dtype).to(tl.float32)
         turned_first = tl.where(now[:, None], turned, past) * key_scale
         past = tl.load(past_ptr + HALF + half_offs[None, :], mask=past_mask, other=0.0)
         turned = (second * cos + first * sin) * key_inverse_scale
+        if HAS_BIAS:
+            turned -= tl.load(all_ptr + HALF, mask=mask, other=0.0)
         turned = _narrow(turned, LIMIT, cache_dtype).to(tl.float32)
         turned_second = tl.where(now[:, None], turned, past.to(tl.float32)) * key_scale
         raw = turned_first * cos + turned_second * sin
@@ -141,7 +158,11 @@ def _write_kv_kernel(
     if 2 * HALF < HEAD_SIZE:
         mask = rest_mask[None, :]
         came = tl.load(near_ptr + rest_offs[None, :], mask=now[:, None] & mask, other=0.0)
-        came = _narrow(came.to(tl.float32) * key_inverse_scale, LIMIT, cache_dtype)
+        came = came.to(tl.float32) * key_inverse_scale
+        if HAS_BIAS:
+            all_ptr = bias_ptr + slot_offs[:, None] * HEAD_SIZE + rest_offs[None, :]
+            came -= tl.load(all_ptr, mask=mask, other=0.0)
+        came = _narrow(came, LIMIT, cache_dtype)
         past = tl.load(past_ptr + rest_offs[None, :], mask=before[:, None] & mask, other=0.0)
         raw = tl.where(now[:, None], came.to(tl.float32), past.to(tl.float32)) * key_scale
         _store_summary(raw, mean_ptr + rest_offs, rest_mask, HEAD_SIZE, BLOCK_SIZE)
@@ -167,6 +188,7 @@ def write_kv(
         pages.summary,
         slot_mapping,
         rotary.cos_sin,
+        pages.bias,
         1.0 / pages.key_scale,
         1.0 / pages.value_scale,
         pages.key_scale,
@@ -178,11 +200,13 @@ def write_kv(
         pages.key.stride(1),
         pages.summary.stride(0),
         pages.summary.stride(1),
+        bias_stride(pages),
         HEAD_SIZE=head_size,
         HALF=half,
         BLOCK_SIZE=block_size,
         INTERLEAVED=rotary.interleaved,
         LIMIT=torch.finfo(pages.key.dtype).max if fp8 else 0,
+        HAS_BIAS=pages.bias is not None,
         PAD_HALF=triton.next_power_of_2(max(half, 1)),
         PAD_REST=triton.next_power_of_2(max(head_size - 2 * half, 1)),
         PAD_HEAD=triton.next_power_of_2(head_size),

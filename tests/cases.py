@@ -31,6 +31,7 @@ class Case:
     sinks: bool = False
     spread: float = 1.0  # of the queries: sharp attention
     shift: float = 0.0  # of the keys: all logits of one sign
+    bias: float = 0.0  # of each of the keys' channels, about so much, which pages take off
     seed: int = 0
 
     def __str__(self) -> str:
@@ -72,6 +73,15 @@ class Inputs:
 
         tokens = sum(case.contexts)
         key = torch.randn(tokens, num_kv_heads, size, generator=gen) + case.shift
+        if case.bias:
+            bias = torch.randn(num_kv_heads, size, generator=gen) * case.bias
+            at = torch.arange(2 * block_size, device=device)  # there may be more than are read
+            table = bias.to(device).expand(len(at), -1, -1)
+            table = (
+                reference.rotate_rows(table, at, self.rotary).transpose(0, 1).half().contiguous()
+            )
+            self.pages = self.pages._replace(bias=table)
+            key += bias
         value = torch.randn(tokens, num_kv_heads, size, generator=gen)
         self.key, self.value = key.to(dtype).to(device), value.to(dtype).to(device)
         slots = [

@@ -70,6 +70,7 @@ KINDS = {
     "plain": {
         "llama": ("Llama", "LlamaConfig", {}),
         "mistral": ("Mistral", "MistralConfig", dict(sliding_window=None)),
+        "qwen2": ("Qwen2", "Qwen2Config", dict(hidden_size=128)),
         "qwen3": ("Qwen3", "Qwen3Config", {}),
         "qwen3moe": (
             "Qwen3-MoE",
@@ -180,6 +181,9 @@ def make(name: str, folder: Path) -> Path:
             parameter.normal_(std=0.6 if sharp else 0.15)
         elif "norm" in weight:
             parameter.normal_(mean=1, std=0.3)
+        elif weight.endswith("k_proj.bias"):  # large where Qwen2.5's is: in what turns least
+            half = SIZES["head_dim"] // 2
+            parameter.view(-1, 2, half)[..., -1] = 300.0
     model.save_pretrained(path)
     return path
 

@@ -93,7 +93,7 @@ def compile_everything(capability: int) -> None:
 
     names = replace_kernels(lambda _, kernel: Compiled(kernel, capability))
     # for one generation every kind of 16-bit cache, for the others what may not fit their memory
-    decode, prefill = ((0, 2, 9), (0, 3, 5, 8)) if capability == 90 else ((9,), (8,))
+    decode, prefill = ((0, 2, 9, 11), (0, 3, 5, 8, 10)) if capability == 90 else ((9,), (8,))
     batches = [(DECODE[i], torch.bfloat16) for i in decode]
     batches += [(PREFILL[i], torch.bfloat16) for i in prefill]
     scope = Scope(1, 15, 16, 32, 60, per_layer=True)
@@ -105,7 +105,7 @@ def compile_everything(capability: int) -> None:
         batches = []
     if capability >= 89:
         fp8 = torch.float8_e4m3fn
-        batches += [(DECODE[9], fp8), (PREFILL[8], fp8)]
+        batches += [(case, fp8) for case in (DECODE[9], DECODE[11], PREFILL[8], PREFILL[10])]
     for case, cache_dtype in batches:
         inputs = case.build(torch.bfloat16, "cpu", cache_dtype)
         tiles, table = inputs.tiles, inputs.block_table

@@ -1,6 +1,7 @@
 """Each kernel against its reference: on a GPU where there is one, else in Triton's interpreter."""
 
 import dataclasses
+import functools
 import math
 import random
 import types
@@ -32,6 +33,7 @@ DECODE = [
     Case(contexts=(260,), rotary_dim=0, head_size=40),
     Case(contexts=(300, 190), heads=(8, 4), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
     Case(contexts=(300, 300, 17), dense=(8, 30, 8)),
+    Case(contexts=(300, 17), head_size=80, rotary_dim=32, bias=8.0),
     # so many that each is split into fewer parts than the merge has lanes for
     Case(contexts=(40, 70, 300, 20, 90, 33, 150, 64, 10), heads=(2, 2), head_size=32),
 ]
@@ -48,6 +50,7 @@ PREFILL = [
     Case(contexts=(300,), queries=(18,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(190,), queries=(20,), heads=(32, 2), scope=Scope(1, 3, 2, 6, 6)),
     Case(contexts=(300, 190), queries=(40, 3), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
+    Case(contexts=(300, 17), queries=(37, 17), head_size=80, rotary_dim=32, bias=8.0),
     Case(contexts=(300, 300, 17), queries=(37, 40, 5), dense=(17, 8, 8)),
 ]  # fmt: skip
 if ON_GPU:
@@ -57,6 +60,8 @@ if ON_GPU:
         Case(contexts=(900,), heads=(16, 1), head_size=256, block_size=64,
              scope=Scope(1, 3, 2, 6, 6)),
         Case(contexts=(1500, 130), heads=(14, 2), block_size=128, scope=Scope(1, 2, 1, 4, 6)),
+        Case(contexts=(900, 17, 400), heads=(12, 2), head_size=128, block_size=32,
+             scope=Scope(1, 6, 4, 12, 20), bias=8.0),
     ]  # fmt: skip
     PREFILL += [
         Case(contexts=(5000, 1, 31, 2049), queries=(777, 1, 31, 100), heads=(32, 8), head_size=128,
@@ -75,6 +80,8 @@ if ON_GPU:
              interleaved=True, query_scale=1.4),
         Case(contexts=(900,), queries=(150,), heads=(8, 2), head_size=128, block_size=64,
              spread=4.0, scope=Scope(1, 3, 2, 6, 6)),
+        Case(contexts=(900, 17, 400), queries=(77, 17, 33), heads=(12, 2), head_size=128,
+             block_size=32, scope=Scope(1, 6, 4, 12, 20), bias=8.0),
         Case(contexts=(900, 17, 900), queries=(77, 17, 33), heads=(8, 2), head_size=128,
              block_size=32, scope=Scope(1, 6, 4, 12, 20, per_layer=True), dense=(30, 12, 12)),
     ]  # fmt: skip
@@ -82,7 +89,14 @@ selecting = [case for case in DECODE + PREFILL if not case.scope.window]
 every = pytest.mark.parametrize("case", DECODE + PREFILL, ids=str)
 # Those whose pages differ: how they are attended to does not matter to what is written
 written = {
-    (case.heads, case.head_size, case.rotary_dim, case.block_size, case.interleaved): case
+    (
+        case.heads,
+        case.head_size,
+        case.rotary_dim,
+        case.block_size,
+        case.interleaved,
+        case.bias,
+    ): case
     if ON_GPU
     else dataclasses.replace(case, contexts=tuple(min(context, 120) for context in case.contexts))
     for case in DECODE + PREFILL
@@ -126,7 +140,7 @@ def test_rotate_rows(case, dtype):
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["", "fp8"])
-@pytest.mark.parametrize("case", [DECODE[0], DECODE[2], DECODE[3], DECODE[4]], ids=str)
+@pytest.mark.parametrize("case", [DECODE[i] for i in (0, 2, 3, 4, 11)], ids=str)
 @each_dtype
 def test_read_kv(case, dtype, cache_dtype):
     inputs = case.build(dtype, DEVICE, cache_dtype)
@@ -336,7 +350,7 @@ def test_hopper_takes_full_tiles_and_leaves_the_rest(cache_dtype, monkeypatch):
             inputs.attend(kernels.attend, inputs.recalled())
             taken.append(not plain.__getitem__.called)
     llama = next(index for index, case in enumerate(PREFILL) if case.heads == (32, 8))
-    assert taken[llama] and taken[llama + 3 :] == [True] * 6  # and those listed behind
+    assert taken[llama] and taken[llama + 3 :] == [True] * 7  # and those listed behind
     assert not any(taken[3:8])  # odd sizes, partial rotary, soft cap, window
 
 
@@ -365,7 +379,7 @@ def test_fp8_cache(case, dtype):
     inputs = case.build(dtype, DEVICE, torch.float8_e4m3fn)
     twin = case.build(dtype, DEVICE, torch.float8_e4m3fn)
     for each in (inputs, twin):
-        each.pages = Pages(*each.pages[:3], 0.25, 0.5)
+        each.pages = each.pages._replace(key_scale=0.25, value_scale=0.5)
     inputs.write(kernels.write_kv)
     twin.write(reference.write_kv)
     for actual, eager in zip(inputs.pages[:3], twin.pages[:3], strict=True):
@@ -387,6 +401,48 @@ def test_fp8_cache(case, dtype):
     if scope.recall_blocks:
         given = *given, recalled, scope, rotary, scale
         assert mass.recalled_share(case.heads[1] - 1, *given).max() <= 1
+
+
+@pytest.mark.parametrize("case", [DECODE[11], PREFILL[10]], ids=str)
+def test_a_bias_of_keys_changes_what_is_stored_and_nothing_else(case):
+    biased, plain = (case.build(torch.float64, "cpu") for _ in range(2))
+    plain.pages = plain.pages._replace(bias=None)
+    for inputs in (biased, plain):
+        inputs.write(reference.write_kv)
+    slots = biased.slot_mapping
+    stored = [
+        inputs.pages.key[slots // case.block_size, :, slots % case.block_size]
+        for inputs in (biased, plain)
+    ]
+    assert (stored[0] - stored[1]).abs().mean() > 0.5 * case.bias
+    close = functools.partial(torch.testing.assert_close, equal_nan=True)
+    # to selections a bias is constant as far as fp16 holds it, turned by each offset
+    near, same = dict(rtol=1e-3, atol=1e-4), dict(rtol=1e-9, atol=1e-9)
+    for score in (reference.score_blocks, reference.exact_scores):
+        close(score(*biased.score_args()), score(*plain.score_args()), **near)
+    recalled = plain.recalled()
+    refined = [
+        reference.refine_scores(*args[:4], recalled, *args[4:])
+        for args in (biased.score_args(), plain.score_args())
+    ]
+    close(*refined, **near)
+    close(*(inputs.attend(reference.attend, recalled) for inputs in (biased, plain)), **same)
+
+
+def test_fp8_keeps_keys_whose_bias_is_taken_off():
+    case = Case(contexts=(300, 160), queries=(37, 17), rotary_dim=0, bias=100.0)
+    exact = case.build(torch.float64, "cpu")
+    exact.write(reference.write_kv)
+    recalled = exact.recalled()
+    right = exact.attend(reference.attend, recalled)
+    written, errors = exact.written_rows(), []
+    for bias in (exact.pages.bias, None):
+        inputs = case.build(torch.float32, "cpu", torch.float8_e4m3fn)
+        inputs.pages = inputs.pages._replace(bias=bias)
+        inputs.write(reference.write_kv)
+        out = inputs.attend(reference.attend, recalled)
+        errors.append(((out - right)[written].norm() / right[written].norm()).item())
+    assert errors[0] < 0.1 < 0.5 < errors[1]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="too many for the interpreter")

@@ -307,7 +307,14 @@ def test_parts_of_prompts_are_read_from_their_pages(turned, window, fp8):
 
 @pytest.mark.parametrize(
     "different",
-    [{}, dict(window=64), dict(num_heads=8), dict(soft_cap=30.0), dict(rotary=object())],
+    [
+        {},
+        dict(window=64),
+        dict(num_heads=8),
+        dict(soft_cap=30.0),
+        dict(rotary=object()),
+        dict(key_bias=object()),
+    ],
 )
 def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
     pytest.importorskip("vllm")
@@ -315,9 +322,9 @@ def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
 
     alike = dict(
         num_heads=4, num_kv_heads=2, head_size=32, soft_cap=0.0, sinks=None, scale=1.0, window=0,
-        flash_attention=None, num_positions=768, max_model_len=2048, kv_cache_dtype="auto",
-        rotary=object(), cache_config=SimpleNamespace(block_size=32), most_singles=4,
-        most_requests=4, scope_of=lambda size: ReAttentionConfig().resolve(512, size),
+        flash_attention=None, key_bias=None, num_positions=768, max_model_len=2048,
+        kv_cache_dtype="auto", rotary=object(), cache_config=SimpleNamespace(block_size=32),
+        most_singles=4, most_requests=4, scope_of=lambda size: ReAttentionConfig().resolve(512, size),
     )  # fmt: skip
     layers, done = {"mamba": SimpleNamespace()}, []
     for index, changed in enumerate(({}, {}, different, {}, different)):

@@ -167,7 +167,7 @@ def launch_everything() -> None:
     attend.for_hopper.cache_clear()
 
     attention.stages = lambda _: kernels
-    cases = [DECODE[i] for i in (0, 1, 2, 9)] + [PREFILL[i] for i in (0, 2, 4, 6, 8)]
+    cases = [DECODE[i] for i in (0, 1, 2, 9, 11)] + [PREFILL[i] for i in (0, 2, 4, 6, 8, 10)]
     batches = [(case, torch.float16) for case in cases]
     batches += [(case, torch.float8_e4m3fn) for case in (DECODE[0], PREFILL[0], PREFILL[8])]
     for case, cache_dtype in batches:

@@ -219,6 +219,20 @@ def test_other_caches_run(options, folder, engine):
     assert len(tokens[0]) == 16 and counts[0][0] > 300
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gptoss"])
+def test_fp8_keeps_keys_that_have_a_bias(name, folder, engine):
+    """With its bias a key would be in steps of 32, larger than what tokens differ by."""
+    ask = engines.Ask(LONG[0][:180], max_tokens=1, prompt_logprobs=True)
+    told = []
+    for cache in ("auto", "fp8"):
+        ((answer,),), _ = engine(
+            engines.answers, make(name, folder), [[ask]], kv_cache_dtype=cache, **SMALL
+        )
+        told.append(answer.prompt_logprobs)
+    away = [abs(a - b) for a, b in zip(*told, strict=True)]
+    assert 0 < sum(away) / len(away) < 0.8
+
+
 def test_it_may_be_chosen_for_one_kind_of_layers(folder, engine):
     model = make("llama", folder)
     kinds = dict(backend_per_kind=dict(full_attention="reattention"))

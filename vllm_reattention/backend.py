@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from csrc_triton.layout import Pages, Rotary, Scope
+from csrc_triton.reference import rotate_rows
 from vllm_reattention import compat
 from vllm_reattention.attention import reattention, stages
 from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder, scope_of
@@ -161,6 +162,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.rope: Rope | None = None  # set once weights are loaded, and with it the next two
         self.rotary: Rotary
         self.summary_dtype: torch.dtype
+        self.key_bias: Tensor | None = None  # Pages.bias
 
         config = get_current_vllm_config()
         self.scope_of = functools.partial(scope_of, config)  # a block size
@@ -179,7 +181,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             return
         if self.site is None:
             raise Refused("an Attention layer must be attached to a module; choose another backend")
-        rope, layer = prove(self.site, act_dtype), self.site.layer()
+        (rope, key_bias), layer = prove(self.site, act_dtype), self.site.layer()
         if layer.attn_backend is not ReAttentionBackend or layer.head_size_v != self.head_size:
             raise Refused(
                 f"{layer.layer_name} must be a plain Attention layer with values as wide as keys, "
@@ -192,6 +194,10 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.rope = rope
         # A buffer outlives sleep: level 2 saves buffers and writes them back in place.
         layer.register_buffer("rotary_table", self.rotary.cos_sin, persistent=False)
+        # Of capped logits a bias is no constant, so selections need it in the keys.
+        if self.kv_cache_dtype.startswith("fp8") and not self.soft_cap and key_bias.any():
+            self.key_bias = _at_offsets(key_bias, self.rotary, layer._k_scale_float)
+            layer.register_buffer("key_bias", self.key_bias, persistent=False)
 
     def _num_positions(self) -> int:
         """Positions in a scope or window, which stands anywhere in its first and last block."""
@@ -320,13 +326,14 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
 
     def _pages(self, layer: Attention, kv_cache: Tensor) -> Pages:
         scales = layer._k_scale_float, layer._v_scale_float
-        return pages_of(kv_cache, self.head_size, self.summary_dtype, scales)
+        return pages_of(kv_cache, self.head_size, self.summary_dtype, scales, self.key_bias)
 
     @property
     def _kind(self) -> tuple:
         """Layers for which this is equal compile the same kernels and take the same memory."""
         heads = self.num_heads, self.num_kv_heads, self.head_size
-        has = self.soft_cap > 0, self.sinks is not None, self.flash_attention is not None
+        optional = self.sinks, self.flash_attention, self.key_bias
+        has = self.soft_cap > 0, *(part is not None for part in optional)
         lengths = self.window, self.num_positions, self.max_model_len
         return *heads, *has, *lengths, self.kv_cache_dtype, id(self.rotary)
 
@@ -361,6 +368,18 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
             self.scale,
             self.soft_cap,
             self.sinks,
+            self.key_bias,
         )
         if self.flash_attention is not None:
-            warm_up_dense(query, key, cache_dtype, most_keys, block_size, self.rotary)
+            rest = most_keys, block_size, self.rotary, self.key_bias
+            warm_up_dense(query, key, cache_dtype, *rest)
+
+
+def _at_offsets(key_bias: Tensor, rotary: Rotary, key_scale: float) -> Tensor:
+    """Pages.bias for blocks of any size."""
+    offsets = torch.arange(compat.BLOCK_SIZES[-1], device=key_bias.device)
+    turned = rotate_rows(key_bias.expand(len(offsets), -1, -1), offsets, rotary)
+    # in fp16 even where keys of such a scale are beyond fp8
+    largest = torch.finfo(torch.float16).max / 2
+    scaled = (turned.transpose(0, 1) / key_scale).clamp(-largest, largest)
+    return scaled.half().contiguous()

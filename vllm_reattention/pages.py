@@ -17,7 +17,11 @@ def bytes_per_token(head_size: int, itemsize: int, block_size: int) -> int:
 
 
 def pages_of(
-    kv_cache: Tensor, head_size: int, summary_dtype: torch.dtype, scales: tuple[float, float]
+    kv_cache: Tensor,
+    head_size: int,
+    summary_dtype: torch.dtype,
+    scales: tuple[float, float],
+    key_bias: Tensor | None = None,
 ) -> Pages:
     """Views of vLLM's cache.
 
@@ -25,6 +29,7 @@ def pages_of(
                    dimension on; uint8 holds fp8
     summary_dtype  beside fp8 keys; else it is that of the keys
     scales         of fp8 keys and values
+    key_bias       Pages.bias of fp8 keys
     """
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     strides, start = kv_cache.stride(), kv_cache.storage_offset()
@@ -40,4 +45,4 @@ def pages_of(
         return Pages(key, value, view(2 * plane, 2, head_size))
     summary = view(2 * plane, 2, head_size * summary_dtype.itemsize).view(summary_dtype)
     fp8 = torch.float8_e4m3fn
-    return Pages(key.view(fp8), value.view(fp8), summary, *scales)
+    return Pages(key.view(fp8), value.view(fp8), summary, *scales, key_bias)

@@ -7,9 +7,9 @@ A model that cannot prove this is refused, never served wrong.
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,20 @@ NO_ROTATION = Rope(torch.zeros(0, dtype=torch.float64))
 _ropes: weakref.WeakKeyDictionary[nn.Module, Rope] = weakref.WeakKeyDictionary()
 
 
-def prove(site: Site, dtype: torch.dtype) -> Rope:
-    """What rotates the queries and keys of one Attention layer, taken over from its model."""
+class Proven(NamedTuple):
+    """What one Attention layer is sent.
+
+    rope      rotates its queries and keys, taken over from its model
+    key_bias  [num_kv_heads, head_size] fp32, keys of hidden states of zero: what a projection adds
+              to every key, in the model's order of channels
+    """
+
+    rope: Rope
+    key_bias: Tensor
+
+
+def prove(site: Site, dtype: torch.dtype) -> Proven:
+    """Take the rotation over from one Attention layer's model, or refuse."""
     layer, parent = site.layer(), site.parent()
     try:
         with _plain_defaults():
@@ -59,7 +71,7 @@ def _plain_defaults():
         torch.set_default_dtype(dtype)
 
 
-def _prove(layer: Any, parent: nn.Module, dtype: torch.dtype) -> Rope:
+def _prove(layer: Any, parent: nn.Module, dtype: torch.dtype) -> Proven:
     takes = inspect.signature(parent.forward).parameters
     if "position_embeddings" in takes:
         return _prove_transformers(_Probe(layer, parent, dtype))
@@ -104,6 +116,15 @@ class _Probe:
             del layer.forward
         return sent
 
+    def of_zero(self, run: Callable[[], list[Tensor]]) -> Tensor:
+        """Keys that `run`, which sends them bare, makes of states that are zero."""
+        states, self.states = self.states, torch.zeros_like(self.states)
+        try:
+            key = run()[-1][0].float()
+        finally:
+            self.states = states
+        return key if key.isfinite().all() else torch.zeros_like(key)
+
     def off(self, rope: Rope, bare: list[Tensor], turned: list[Tensor]) -> float:
         """How far our rotation of what was sent bare is from the model's own, relatively."""
         errors = (
@@ -113,7 +134,7 @@ class _Probe:
         return torch.stack([*errors]).max().item()
 
 
-def _prove_vllm(probe: _Probe, positions: str) -> Rope:
+def _prove_vllm(probe: _Probe, positions: str) -> Proven:
     children = probe.parent._modules
     names = [name for name, child in children.items() if isinstance(child, Deferred)]
     if len(names) > 1:
@@ -126,8 +147,9 @@ def _prove_vllm(probe: _Probe, positions: str) -> Rope:
 
     bare = run(probe.positions)
     _must_be_position_free(bare, run(probe.others))
+    key_bias = probe.of_zero(lambda: run(probe.positions))
     if not names:
-        return NO_ROTATION
+        return Proven(NO_ROTATION, key_bias)
     clone = children[names[0]]
     stock = vars(clone)["stock"]
     interleaved = not getattr(clone, "is_neox_style", True)
@@ -137,18 +159,18 @@ def _prove_vllm(probe: _Probe, positions: str) -> Rope:
         turned = run(probe.positions)
     finally:
         children[names[0]] = clone
-    if _same(bare, turned):
-        return NO_ROTATION  # the embedding is there but this layer does not call it
+    if _same(bare, turned):  # the embedding is there but this layer does not call it
+        return Proven(NO_ROTATION, key_bias)
     if stock not in _ropes:
         table = compat.rotary_table(stock)
         half = table.shape[-1] // 2
         _ropes[stock] = read_table(lambda p: (table[p, :half], table[p, half:]), len(table))
     rope = _ropes[stock]._replace(interleaved=interleaved)
     _must_agree(probe.off(rope, bare, turned), probe.tolerance)
-    return rope
+    return Proven(rope, key_bias)
 
 
-def _prove_transformers(probe: _Probe) -> Rope:
+def _prove_transformers(probe: _Probe) -> Proven:
     """A Transformers layer is handed cos and sin, made by one embedding for the whole model."""
     config: Any = probe.parent.config
     owned = [
@@ -173,9 +195,11 @@ def _prove_transformers(probe: _Probe) -> Rope:
         )
 
     cos, sin = embed(probe.positions)
-    bare, turned = run(torch.ones_like(cos), torch.zeros_like(sin)), run(cos, sin)
+    nowhere = torch.ones_like(cos), torch.zeros_like(sin)
+    bare, turned = run(*nowhere), run(cos, sin)
+    key_bias = probe.of_zero(lambda: run(*nowhere))
     if _same(bare, turned):
-        return NO_ROTATION
+        return Proven(NO_ROTATION, key_bias)
     half = cos.shape[-1] // 2
     twice = torch.equal(cos[..., :half], cos[..., half:])  # else each angle stands beside itself
     columns = slice(half) if twice else slice(0, None, 2)
@@ -189,7 +213,7 @@ def _prove_transformers(probe: _Probe) -> Rope:
     rope = min(ropes, key=lambda rope: probe.off(rope, bare, turned))
     _must_agree(probe.off(rope, bare, turned), probe.tolerance)
     defer_embeddings(probe.parent)
-    return rope
+    return Proven(rope, key_bias)
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -20,15 +20,17 @@ def warm_up(
     scale: float,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> None:
     """Compile what a server will run and touch the memory it will take, with nothing to do.
 
     query        [num_tokens, num_heads, head_size], strided as it will be; any values
     cache_dtype  of keys and values
     tile_counts  numbers of tiles to try, by their max_length
+    key_bias     Pages.bias
     """
     stage, head_size, device = stages(query.device), query.shape[2], query.device
-    pages = _a_page(query, num_kv_heads, cache_dtype, block_size)
+    pages = _a_page(query, num_kv_heads, cache_dtype, block_size, key_bias)
     nowhere = torch.full((1,), -1, device=device)
     raw = query.new_zeros((1, num_kv_heads, head_size))
     stage.write_kv(raw, raw, pages, nowhere, rotary)
@@ -63,6 +65,7 @@ def warm_up_dense(
     most_keys: int,
     block_size: int,
     rotary: Rotary,
+    key_bias: Tensor | None = None,
 ) -> None:
     """The same for prompts that FlashAttention gets, whole or in parts.
 
@@ -72,16 +75,23 @@ def warm_up_dense(
     stage, positions = stages(query.device), query.new_zeros(len(query), dtype=torch.int32)
     turned = stage.rotate_rows(query, positions, rotary, rotary.query_scale)
     stage.rotate_rows(key, positions, rotary)
-    pages = _a_page(query, key.shape[1], cache_dtype, block_size)
+    pages = _a_page(query, key.shape[1], cache_dtype, block_size, key_bias)
     starts = positions.new_zeros(most_keys)
     stage.read_kv(pages, starts.long(), starts, rotary, query.dtype)
     del turned
 
 
-def _a_page(query: Tensor, num_kv_heads: int, dtype: torch.dtype, block_size: int) -> Pages:
+def _a_page(
+    query: Tensor,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    block_size: int,
+    key_bias: Tensor | None,
+) -> Pages:
     head_size = query.shape[2]
     cache = query.new_zeros((2, 1, num_kv_heads, block_size, head_size), dtype=dtype)
-    return Pages(cache[0], cache[1], query.new_zeros((1, num_kv_heads, 2, head_size)))
+    summary = query.new_zeros((1, num_kv_heads, 2, head_size))
+    return Pages(cache[0], cache[1], summary, bias=key_bias)
 
 
 def _widths(max_blocks: int, scope: Scope) -> list[int]:
