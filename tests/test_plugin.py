@@ -324,7 +324,8 @@ def test_layers_that_are_alike_warm_up_once_a_run(different, monkeypatch):
         num_heads=4, num_kv_heads=2, head_size=32, soft_cap=0.0, sinks=None, scale=1.0, window=0,
         flash_attention=None, key_bias=None, num_positions=768, max_model_len=2048,
         kv_cache_dtype="auto", rotary=object(), cache_config=SimpleNamespace(block_size=32),
-        most_singles=4, most_requests=4, scope_of=lambda size: ReAttentionConfig().resolve(512, size),
+        most_singles=4, most_requests=4,
+        scope_of=lambda size: ReAttentionConfig().resolve(512, size),
     )  # fmt: skip
     layers, done = {"mamba": SimpleNamespace()}, []
     for index, changed in enumerate(({}, {}, different, {}, different)):
