@@ -166,10 +166,9 @@ def _fill(
             if bits == 8:
                 value = _place(values, stage, cached, shape).load(tile)
                 values.index(stage).reshape(shape).store(value.to(values.dtype))
-            key = key.to(gl.float32)
             if HAS_BIAS:
-                key += gl.load(bias_at)
-            first, second = _halves(key, HALF)
+                key = key.to(dtype) + gl.load(bias_at).to(dtype)
+            first, second = _halves(key.to(gl.float32), HALF)
             cos, sin = cos[:, None, :], sin[:, None, :]
             turned = gl.join(first * cos - second * sin, second * cos + first * sin).to(dtype)
             turned = gl.reshape(gl.permute(turned, (0, 1, 3, 2)), shape)
@@ -269,7 +268,8 @@ def _consume(
         acc *= rescale[:, None]
     acc *= (value_scale / gl.where(total > 0, total, 1.0))[:, None]
     at = (token + row_offs // GROUP).to(gl.int64) * out_stride_token + head * out_stride_head
-    gl.store(out_ptr + at[:, None] + head_offs[None, :], acc.to(dtype), mask=row_mask[:, None])
+    acc = acc.to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + at[:, None] + head_offs[None, :], acc, mask=row_mask[:, None])
 
 
 @gluon.jit
@@ -327,7 +327,9 @@ def attend_hopper_kernel(
     ROWS: gl.constexpr = 2 * WARP_ROWS
     PARTS: gl.constexpr = (MAX_ROWS + ROWS - 1) // ROWS
     KEYS: gl.constexpr = SLOTS * BLOCK_SIZE
-    dtype: gl.constexpr = query_ptr.dtype.element_ty
+    # In float16 all of fp8 fits, a pair in one instruction, and weights, which are at most 1.
+    bits: gl.constexpr = key_cache_ptr.dtype.element_ty.primitive_bitwidth
+    dtype: gl.constexpr = gl.float16 if bits == 8 else query_ptr.dtype.element_ty
     # The last tiles of a step see the most; starting with them evens out the end.
     program = gl.num_programs(0) - 1 - gl.program_id(0)
     tile_idx = (program // PARTS).to(gl.int64)
@@ -354,10 +356,7 @@ def attend_hopper_kernel(
     layout: gl.constexpr = _swizzled(HEAD_SIZE, HALF, dtype)
     query = gl.allocate_shared_memory(dtype, [2, WARP_ROWS, HEAD_SIZE], layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_SIZE], layout)
-    # In float16 all of fp8 fits, a pair in one instruction, and weights, which are at most 1.
-    bits: gl.constexpr = value_cache_ptr.dtype.element_ty.primitive_bitwidth
-    held: gl.constexpr = gl.float16 if bits == 8 else dtype
-    values = gl.allocate_shared_memory(held, [STAGES, KEYS, HEAD_SIZE], layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HEAD_SIZE], layout)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

@@ -178,7 +178,9 @@ def attend_tile_kernel(
     )
     num_slots = num_global + num_recalled + block_idx - local + 1
     position = first_position + row_offs // GROUP
-    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    # as beside_cache has it
+    IS_FP8: tl.constexpr = key_cache_ptr.dtype.element_ty.primitive_bitwidth == 8
+    dtype: tl.constexpr = tl.float16 if IS_FP8 else query_ptr.dtype.element_ty
 
     row = (tl.load(row_ptr + tile_idx) + row_offs // GROUP).to(tl.int64)
     head = head_idx * GROUP + row_offs % GROUP
@@ -243,4 +245,5 @@ def attend_tile_kernel(
     out_mask = row_mask[:, None] & (head_offs < HEAD_SIZE)[None, :]
     acc = finish_rows(best, total, acc, sink_ptr, head, row_mask, value_scale, HAS_SINKS)
     at = row * out_stride_token + head * out_stride_head
-    tl.store(out_ptr + at[:, None] + head_offs[None, :], acc.to(dtype), mask=out_mask)
+    acc = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at[:, None] + head_offs[None, :], acc, mask=out_mask)

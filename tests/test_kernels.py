@@ -33,7 +33,7 @@ DECODE = [
     Case(contexts=(260,), rotary_dim=0, head_size=40),
     Case(contexts=(300, 190), heads=(8, 4), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
     Case(contexts=(300, 300, 17), dense=(8, 30, 8)),
-    Case(contexts=(300, 17), head_size=80, rotary_dim=32, bias=8.0),
+    Case(contexts=(300, 17), head_size=80, rotary_dim=32, bias=2.0),
     # so many that each is split into fewer parts than the merge has lanes for
     Case(contexts=(40, 70, 300, 20, 90, 33, 150, 64, 10), heads=(2, 2), head_size=32),
 ]
@@ -50,7 +50,7 @@ PREFILL = [
     Case(contexts=(300,), queries=(18,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(190,), queries=(20,), heads=(32, 2), scope=Scope(1, 3, 2, 6, 6)),
     Case(contexts=(300, 190), queries=(40, 3), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
-    Case(contexts=(300, 17), queries=(37, 17), head_size=80, rotary_dim=32, bias=8.0),
+    Case(contexts=(300, 17), queries=(37, 17), head_size=80, rotary_dim=32, bias=2.0),
     Case(contexts=(300, 300, 17), queries=(37, 40, 5), dense=(17, 8, 8)),
 ]  # fmt: skip
 if ON_GPU:
@@ -61,7 +61,7 @@ if ON_GPU:
              scope=Scope(1, 3, 2, 6, 6)),
         Case(contexts=(1500, 130), heads=(14, 2), block_size=128, scope=Scope(1, 2, 1, 4, 6)),
         Case(contexts=(900, 17, 400), heads=(12, 2), head_size=128, block_size=32,
-             scope=Scope(1, 6, 4, 12, 20), bias=8.0),
+             scope=Scope(1, 6, 4, 12, 20), bias=2.0),
     ]  # fmt: skip
     PREFILL += [
         Case(contexts=(5000, 1, 31, 2049), queries=(777, 1, 31, 100), heads=(32, 8), head_size=128,
@@ -81,7 +81,7 @@ if ON_GPU:
         Case(contexts=(900,), queries=(150,), heads=(8, 2), head_size=128, block_size=64,
              spread=4.0, scope=Scope(1, 3, 2, 6, 6)),
         Case(contexts=(900, 17, 400), queries=(77, 17, 33), heads=(12, 2), head_size=128,
-             block_size=32, scope=Scope(1, 6, 4, 12, 20), bias=8.0),
+             block_size=32, scope=Scope(1, 6, 4, 12, 20), bias=2.0),
         Case(contexts=(900, 17, 900), queries=(77, 17, 33), heads=(8, 2), head_size=128,
              block_size=32, scope=Scope(1, 6, 4, 12, 20, per_layer=True), dense=(30, 12, 12)),
     ]  # fmt: skip
@@ -431,16 +431,17 @@ def test_a_bias_of_keys_changes_what_is_stored_and_nothing_else(case):
 
 def test_fp8_keeps_keys_whose_bias_is_taken_off():
     case = Case(contexts=(300, 160), queries=(37, 17), rotary_dim=0, bias=100.0)
-    exact = case.build(torch.float64, "cpu")
+    stage, dtype = (kernels, torch.float16) if ON_GPU else (reference, torch.float32)
+    exact = case.build(torch.float64, DEVICE)
     exact.write(reference.write_kv)
     recalled = exact.recalled()
     right = exact.attend(reference.attend, recalled)
     written, errors = exact.written_rows(), []
     for bias in (exact.pages.bias, None):
-        inputs = case.build(torch.float32, "cpu", torch.float8_e4m3fn)
+        inputs = case.build(dtype, DEVICE, torch.float8_e4m3fn)
         inputs.pages = inputs.pages._replace(bias=bias)
-        inputs.write(reference.write_kv)
-        out = inputs.attend(reference.attend, recalled)
+        inputs.write(stage.write_kv)
+        out = inputs.attend(stage.attend, recalled)
         errors.append(((out - right)[written].norm() / right[written].norm()).item())
     assert errors[0] < 0.1 < 0.5 < errors[1]
 
