@@ -148,7 +148,9 @@ def draw(options: argparse.Namespace) -> None:
         for name in engines.PROVIDERS
     }
     for row in harness.read(TABLE):
-        asked = settings.get(row["provider"])  # none for a variant of an engine
+        name, _, variant = row["provider"].partition("/")
+        # none for a variant of an engine but that with an fp8 cache
+        asked = settings.get(name) if not variant or variant.startswith("fp8") else None
         is_asked = row["model"] == model and float(row["depth"]) in depths(options.depths)
         if asked is None or not is_asked:
             continue

@@ -325,6 +325,8 @@ def test_probes_tell_what_summaries_do_not():
 @every
 @each_dtype
 def test_attend(case, dtype):
+    if case.bias and dtype == torch.bfloat16:
+        pytest.skip("a bias stands beside fp8 keys, which are multiplied in float16")
     inputs = case.build(dtype, DEVICE)
     inputs.write(reference.write_kv)
     recalled = inputs.recalled()
