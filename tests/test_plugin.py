@@ -456,6 +456,27 @@ def test_pages_share_nothing_and_fit(dtype, head_size, layers):
     assert (pages.key_scale == 0.5) == (dtype == torch.uint8)
 
 
+def test_keys_lose_a_bias_that_is_known(caplog):
+    pytest.importorskip("vllm")
+    from vllm_reattention.backend import ReAttentionImpl
+
+    impl = object.__new__(ReAttentionImpl)
+    impl.key_bias, impl.rotary = None, Rope(torch.rand(8, dtype=torch.float64)).rotary(200, "cpu")
+    layer = torch.nn.Module()
+    layer.layer_name, layer._k_scale_float = "layers.0.attn", 0.5
+    bias = torch.randn(2, 16) * 1000
+    with caplog.at_level("WARNING", logger="vllm.reattention"):
+        impl._take_off(bias / torch.zeros(2, 16), layer)
+    assert "layers.0.attn makes no finite keys" in caplog.text and impl.key_bias is None
+    impl._take_off(bias, layer)
+    at = torch.arange(100)
+    turned = reference.rotate_rows(bias.expand(100, -1, -1), at, impl.rotary).transpose(0, 1)
+    assert torch.allclose(impl.key_bias[:, :100].float() * 0.5, turned, rtol=1e-3, atol=0.1)
+    assert dict(layer.named_buffers())["key_bias"] is impl.key_bias
+    impl._take_off(bias * 1000, layer)
+    assert impl.key_bias.isfinite().all()
+
+
 def requests(*context_and_new: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """query_start_loc and seq_lens of requests."""
     new = torch.tensor([0, *(new for _, new in context_and_new)], dtype=torch.int32)

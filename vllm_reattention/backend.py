@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.config.cache import CacheDType
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -29,6 +30,8 @@ from vllm_reattention.tiles import DensePrompts, most_dense_keys, most_prefill_t
 from vllm_reattention.warm_up import warm_up, warm_up_dense
 
 ELSEWHERE = "choose another attention backend"
+
+logger = init_logger("vllm.reattention")
 
 
 class ReAttentionBackend(AttentionBackend):
@@ -196,8 +199,19 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         layer.register_buffer("rotary_table", self.rotary.cos_sin, persistent=False)
         # Of capped logits a bias is no constant, so selections need it in the keys.
         if self.kv_cache_dtype.startswith("fp8") and not self.soft_cap and key_bias.any():
-            self.key_bias = _at_offsets(key_bias, self.rotary, layer._k_scale_float)
-            layer.register_buffer("key_bias", self.key_bias, persistent=False)
+            self._take_off(key_bias, layer)
+
+    def _take_off(self, key_bias: Tensor, layer: Attention) -> None:
+        """Keys are to be kept without it from now on."""
+        if not key_bias.isfinite().all():
+            logger.warning(
+                "%s makes no finite keys of hidden states that are zero, so their bias is unknown: "
+                "if its model adds a large one, serve it with --kv-cache-dtype auto",
+                layer.layer_name,
+            )
+            return
+        self.key_bias = _at_offsets(key_bias, self.rotary, layer._k_scale_float)
+        layer.register_buffer("key_bias", self.key_bias, persistent=False)
 
     def _num_positions(self) -> int:
         """Positions in a scope or window, which stands anywhere in its first and last block."""
