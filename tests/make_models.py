@@ -184,6 +184,8 @@ def make(name: str, folder: Path) -> Path:
         elif weight.endswith("k_proj.bias"):  # large where Qwen2.5's is: in what turns least
             half = SIZES["head_dim"] // 2
             parameter.view(-1, 2, half)[..., -1] = 300.0
+        elif weight.endswith("query_key_value.bias"):  # of GPT-NeoX: each head's three in a row
+            parameter.view(-1, 3, SIZES["head_dim"])[:, 1, -1] = 300.0
     model.save_pretrained(path)
     return path
 

@@ -219,7 +219,7 @@ def test_other_caches_run(options, folder, engine):
     assert len(tokens[0]) == 16 and counts[0][0] > 300
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gptoss"])
+@pytest.mark.parametrize("name", ["qwen2", "gptoss", "gptneox"])
 def test_fp8_keeps_keys_that_have_a_bias(name, folder, engine):
     """With its bias a key would be in steps of 32, larger than what tokens differ by."""
     ask = engines.Ask(LONG[0][:180], max_tokens=1, prompt_logprobs=True)
@@ -230,7 +230,7 @@ def test_fp8_keeps_keys_that_have_a_bias(name, folder, engine):
         )
         told.append(answer.prompt_logprobs)
     away = [abs(a - b) for a, b in zip(*told, strict=True)]
-    assert 0 < sum(away) / len(away) < 0.8
+    assert 0 < sum(away) / len(away) < 0.6
 
 
 def test_it_may_be_chosen_for_one_kind_of_layers(folder, engine):
