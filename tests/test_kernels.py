@@ -822,6 +822,22 @@ def test_for_a_tail_each_layer_selects(candidates, finds, monkeypatch):
     torch.testing.assert_close(out, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("columns", [5, 8, 447])
+def test_processes_exchange_their_scores_in_whole_16_bytes(columns):
+    score, given = torch.rand(3, 4, columns, device=DEVICE), []
+
+    def add_up(x: torch.Tensor) -> torch.Tensor:
+        given.append(x)
+        return 2 * x
+
+    alone = Scope(1, 4, 3, 8)
+    together = attention._together(score, alone._replace(per_layer=True), add_up)
+    assert given[0].is_contiguous() and given[0].nbytes % 16 == 0
+    assert together.is_contiguous()  # as kernels read it
+    torch.testing.assert_close(together, 2 * score.sum(1, keepdim=True))
+    assert attention._together(score, alone, add_up) is score and len(given) == 1
+
+
 @pytest.mark.parametrize("stage", [reference, kernels], ids=["reference", "kernels"])
 def test_layers_of_a_tail_add_up_what_they_find(stage):
     case = Case(contexts=(250, 190), queries=(20, 9), scope=Scope(1, 4, 3, 8, 8, per_layer=True))
