@@ -451,7 +451,7 @@ def _sleep_and_wake(worker) -> list[str]:
     ]
     saved = {name: buffer.clone() for name, buffer in runner.model.named_buffers()}
     for tensor in (*registered, *runner.kv_caches):
-        tensor.data.fill_(torch.nan)
+        tensor.data.fill_(255 if tensor.dtype == torch.uint8 else torch.nan)  # nan in fp8, too
     for name, buffer in runner.model.named_buffers():
         buffer.data.copy_(saved[name])
     runner.reload_weights()

@@ -222,8 +222,11 @@ def test_steps_may_be_scheduled_ahead(alone, llama, engine):
     assert steps > 24
 
 
-def test_sleep_loses_nothing(alone, llama, engine):
+@pytest.mark.parametrize("name, cache", [("llama", "auto"), ("qwen2", "fp8")])
+def test_sleep_loses_nothing(name, cache, alone, folder, engine):
     """By what a GPU's worker saves and restores, done by hand: vLLM does not sleep on a CPU."""
-    before, lost, after = engine(engines.answers_around_sleep, llama, [Ask(FIRST, 24)], **WHOLE)
-    assert before == after and before[0].tokens == [alone[0]]
+    options = WHOLE | dict(kv_cache_dtype=cache)
+    model, ask = make(name, folder), Ask(FIRST, 24)
+    before, lost, after = engine(engines.answers_around_sleep, model, [ask], **options)
+    assert before == after and (before[0].tokens == [alone[0]]) == (name == "llama")
     assert lost == []
