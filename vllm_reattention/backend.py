@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.config.cache import CacheDType
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -30,8 +29,6 @@ from vllm_reattention.tiles import DensePrompts, most_dense_keys, most_prefill_t
 from vllm_reattention.warm_up import warm_up, warm_up_dense
 
 ELSEWHERE = "choose another attention backend"
-
-logger = init_logger("vllm.reattention")
 
 
 class ReAttentionBackend(AttentionBackend):
@@ -204,7 +201,7 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
     def _take_off(self, key_bias: Tensor, layer: Attention) -> None:
         """Keys are to be kept without it from now on."""
         if not key_bias.isfinite().all():
-            logger.warning(
+            compat.logger.warning(
                 "%s makes no finite keys of hidden states that are zero, so their bias is unknown: "
                 "if its model adds a large one, serve it with --kv-cache-dtype auto",
                 layer.layer_name,
