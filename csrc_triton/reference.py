@@ -104,7 +104,19 @@ def write_kv(
 
 def _real(stored: Tensor, bias: Tensor | None, key_scale: float) -> Tensor:
     """Keys from what is stored of them, [..., head_size] both."""
-    return (stored if bias is None else stored + bias.to(stored.dtype)) * key_scale
+    return (stored if bias is None else stored + bias) * key_scale
+
+
+def bias_table(bias: Tensor, rotary: Rotary, num_offsets: int, key_scale: float = 1.0) -> Tensor:
+    """Pages.bias, [num_kv_heads, num_offsets, head_size] fp16.
+
+    bias  [num_kv_heads, head_size] fp32, what keys have in common, in the model's order of channels
+    """
+    offsets = torch.arange(num_offsets, device=bias.device)
+    turned = rotate_rows(bias.expand(num_offsets, -1, -1), offsets, rotary).transpose(0, 1)
+    # in fp16 even where keys of such a scale are beyond fp8
+    largest = torch.finfo(torch.float16).max / 2
+    return (turned / key_scale).clamp(-largest, largest).half().contiguous()
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -75,11 +75,8 @@ class Inputs:
         key = torch.randn(tokens, num_kv_heads, size, generator=gen) + case.shift
         if case.bias:
             bias = torch.randn(num_kv_heads, size, generator=gen) * case.bias
-            at = torch.arange(2 * block_size, device=device)  # there may be more than are read
-            table = bias.to(device).expand(len(at), -1, -1)
-            table = (
-                reference.rotate_rows(table, at, self.rotary).transpose(0, 1).half().contiguous()
-            )
+            table = reference.bias_table(bias.to(device), self.rotary, 2 * block_size)
+            table[:, block_size:] = torch.nan  # what other blocks have is not to be read
             self.pages = self.pages._replace(bias=table)
             key += bias
         value = torch.randn(tokens, num_kv_heads, size, generator=gen)

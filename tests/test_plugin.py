@@ -462,12 +462,16 @@ def test_keys_lose_a_bias_that_is_known(caplog):
 
     impl = object.__new__(ReAttentionImpl)
     impl.key_bias, impl.rotary = None, Rope(torch.rand(8, dtype=torch.float64)).rotary(200, "cpu")
+    impl.soft_cap = 30.0
     layer = torch.nn.Module()
     layer.layer_name, layer._k_scale_float = "layers.0.attn", 0.5
     bias = torch.randn(2, 16) * 1000
     with caplog.at_level("WARNING", logger="vllm.reattention"):
         impl._take_off(bias / torch.zeros(2, 16), layer)
+        impl._take_off(bias, layer)
     assert "layers.0.attn makes no finite keys" in caplog.text and impl.key_bias is None
+    assert "layers.0.attn caps its logits" in caplog.text
+    impl.soft_cap = 0.0
     impl._take_off(bias, layer)
     at = torch.arange(100)
     turned = reference.rotate_rows(bias.expand(100, -1, -1), at, impl.rotary).transpose(0, 1)

@@ -172,7 +172,7 @@ def test_company_does_not_matter(case):
     for request, context in enumerate(case.contexts):
         own = tiles.request == request
         zero = torch.zeros_like(tiles.request[own])
-        inputs.tiles = Tiles(zero, *(x[own] for x in tiles[1:5]), tiles.max_length)
+        inputs.tiles = Tiles(zero, *(x[own] for x in tiles.columns[1:]), tiles.max_length)
         inputs.block_table = table[request : request + 1, : -(-context // case.block_size)]
         alone = served(inputs)
         rows = inputs.written_rows()

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from csrc_triton.layout import Pages, Rotary, Scope
-from csrc_triton.reference import rotate_rows
+from csrc_triton.reference import bias_table
 from vllm_reattention import compat
 from vllm_reattention.attention import reattention, stages
 from vllm_reattention.metadata import ReAttentionMetadata, ReAttentionMetadataBuilder, scope_of
@@ -194,20 +194,27 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         self.rope = rope
         # A buffer outlives sleep: level 2 saves buffers and writes them back in place.
         layer.register_buffer("rotary_table", self.rotary.cos_sin, persistent=False)
-        # Of capped logits a bias is no constant, so selections need it in the keys.
-        if self.kv_cache_dtype.startswith("fp8") and not self.soft_cap and key_bias.any():
-            self._take_off(key_bias, layer)
+        if self.kv_cache_dtype.startswith("fp8") and (bias := key_bias()).any():
+            self._take_off(bias, layer)
 
     def _take_off(self, key_bias: Tensor, layer: Attention) -> None:
-        """Keys are to be kept without it from now on."""
+        """Keys are to be kept without it from now on, or it is said why not."""
+        why_not = None
         if not key_bias.isfinite().all():
+            why_not = (
+                "makes no finite keys of hidden states that are zero, so their bias is unknown"
+            )
+        elif self.soft_cap:  # so selections need it in the keys
+            why_not = "caps its logits, of which its keys' bias is no constant"
+        if why_not:
             compat.logger.warning(
-                "%s makes no finite keys of hidden states that are zero, so their bias is unknown: "
-                "if its model adds a large one, serve it with --kv-cache-dtype auto",
+                "%s %s: if its model adds a large one, serve it with --kv-cache-dtype auto",
                 layer.layer_name,
+                why_not,
             )
             return
-        self.key_bias = _at_offsets(key_bias, self.rotary, layer._k_scale_float)
+        scale, largest_block = layer._k_scale_float, compat.BLOCK_SIZES[-1]
+        self.key_bias = bias_table(key_bias, self.rotary, largest_block, scale)
         layer.register_buffer("key_bias", self.key_bias, persistent=False)
 
     def _num_positions(self) -> int:
@@ -384,13 +391,3 @@ class ReAttentionImpl(AttentionImpl[ReAttentionMetadata]):
         if self.flash_attention is not None:
             rest = most_keys, block_size, self.rotary, self.key_bias
             warm_up_dense(query, key, cache_dtype, *rest)
-
-
-def _at_offsets(key_bias: Tensor, rotary: Rotary, key_scale: float) -> Tensor:
-    """Pages.bias for blocks of any size."""
-    offsets = torch.arange(compat.BLOCK_SIZES[-1], device=key_bias.device)
-    turned = rotate_rows(key_bias.expand(len(offsets), -1, -1), offsets, rotary)
-    # in fp16 even where keys of such a scale are beyond fp8
-    largest = torch.finfo(torch.float16).max / 2
-    scaled = (turned.transpose(0, 1) / key_scale).clamp(-largest, largest)
-    return scaled.half().contiguous()

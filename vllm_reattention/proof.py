@@ -5,6 +5,7 @@ what arrives must not depend on positions; rotated by us it must be what the sto
 A model that cannot prove this is refused, never served wrong.
 """
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -38,12 +39,12 @@ class Proven(NamedTuple):
     """What one Attention layer is sent.
 
     rope      rotates its queries and keys, taken over from its model
-    key_bias  [num_kv_heads, head_size] fp32, keys of hidden states of zero: what a projection adds
-              to every key, in the model's order of channels
+    key_bias  runs it once more: [num_kv_heads, head_size] fp32, keys of hidden states of zero, what
+              a projection adds to every key, in the model's order of channels
     """
 
     rope: Rope
-    key_bias: Tensor
+    key_bias: Callable[[], Tensor]
 
 
 def prove(site: Site, dtype: torch.dtype) -> Proven:
@@ -116,13 +117,11 @@ class _Probe:
             del layer.forward
         return sent
 
-    def of_zero(self, run: Callable[[], list[Tensor]]) -> Tensor:
-        """Keys that `run`, which sends them bare, makes of states that are zero."""
-        states, self.states = self.states, torch.zeros_like(self.states)
-        try:
-            return run()[-1][0].float()
-        finally:
-            self.states = states
+    def of_zero(self, run: Callable[..., list[Tensor]], *inputs: Tensor) -> Tensor:
+        """The key that `run` sends bare for states that are zero, as they stay."""
+        self.states.zero_()
+        with _plain_defaults():
+            return run(*inputs)[-1][0].float()
 
     def off(self, rope: Rope, bare: list[Tensor], turned: list[Tensor]) -> float:
         """How far our rotation of what was sent bare is from the model's own, relatively."""
@@ -146,7 +145,7 @@ def _prove_vllm(probe: _Probe, positions: str) -> Proven:
 
     bare = run(probe.positions)
     _must_be_position_free(bare, run(probe.others))
-    key_bias = probe.of_zero(lambda: run(probe.positions))
+    key_bias = functools.partial(probe.of_zero, run, probe.positions)
     if not names:
         return Proven(NO_ROTATION, key_bias)
     clone = children[names[0]]
@@ -196,7 +195,7 @@ def _prove_transformers(probe: _Probe) -> Proven:
     cos, sin = embed(probe.positions)
     nowhere = torch.ones_like(cos), torch.zeros_like(sin)
     bare, turned = run(*nowhere), run(cos, sin)
-    key_bias = probe.of_zero(lambda: run(*nowhere))
+    key_bias = functools.partial(probe.of_zero, run, *nowhere)
     if _same(bare, turned):
         return Proven(NO_ROTATION, key_bias)
     half = cos.shape[-1] // 2
