@@ -33,7 +33,7 @@ DECODE = [
     Case(contexts=(260,), rotary_dim=0, head_size=40),
     Case(contexts=(300, 190), heads=(8, 4), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
     Case(contexts=(300, 300, 17), dense=(8, 30, 8)),
-    Case(contexts=(300, 17), head_size=80, rotary_dim=32, bias=2.0),
+    Case(contexts=(300, 17), head_size=80, rotary_dim=40, bias=2.0, sinks=True),
     # so many that each is split into fewer parts than the merge has lanes for
     Case(contexts=(40, 70, 300, 20, 90, 33, 150, 64, 10), heads=(2, 2), head_size=32),
 ]
@@ -50,7 +50,8 @@ PREFILL = [
     Case(contexts=(300,), queries=(18,), shift=-2.0, spread=2.0, interleaved=True),
     Case(contexts=(190,), queries=(20,), heads=(32, 2), scope=Scope(1, 3, 2, 6, 6)),
     Case(contexts=(300, 190), queries=(40, 3), scope=Scope(1, 4, 3, 8, 8, per_layer=True)),
-    Case(contexts=(300, 17), queries=(37, 17), head_size=80, rotary_dim=32, bias=2.0),
+    Case(contexts=(300, 17), queries=(37, 17), head_size=80, rotary_dim=40, bias=2.0, sinks=True),
+    Case(contexts=(300, 17), queries=(37, 17), head_size=96, bias=2.0),
     Case(contexts=(300, 300, 17), queries=(37, 40, 5), dense=(17, 8, 8)),
 ]  # fmt: skip
 if ON_GPU:
